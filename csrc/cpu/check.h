@@ -1,0 +1,98 @@
+// Argument checks of the CPU ops. Every message names the op, the argument, what came and what was wanted.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "common.h"
+
+namespace peftkern {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+inline std::string shape_text(std::initializer_list<int64_t> shape) {
+  std::string text = "[";
+  for (int64_t n : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(n);
+  return text + "]";
+}
+
+// One op's checks.
+class Check {
+ public:
+  explicit Check(const char* op) : op_(op) {}
+
+  template <class... Words>
+  void that(bool ok, const Words&... words) const {
+    STD_TORCH_CHECK(ok, op_, ": ", words...);
+  }
+  // A CPU tensor of this shape; rows may be strided if `row_strided`, everything else is contiguous.
+  void shape(const char* name, const Tensor& t, std::initializer_list<int64_t> want, bool row_strided = false) const {
+    that(t.is_cpu(), name, " is not on the CPU");
+    bool same = t.dim() == static_cast<int64_t>(want.size());
+    int64_t i = 0;
+    for (int64_t n : want) same = same && t.size(i++) == n;
+    that(same, name, " has shape ", shape_text(t), ", want ", shape_text(want));
+    if (row_strided)
+      that(t.size(1) == 1 || t.stride(1) == 1, name, " has stride ", t.stride(1), " in dimension 1, want 1");
+    else
+      that(t.is_contiguous(), name, " is not contiguous");
+  }
+  void dims(const char* name, const Tensor& t, int64_t want) const {
+    that(t.dim() == want, name, " has ", t.dim(), " dimensions, want ", want);
+  }
+  Dtype floating(const char* name, const Tensor& t) const {
+    const ScalarType type = t.scalar_type();
+    if (type == ScalarType::Float) return Dtype::f32;
+    if (type == ScalarType::BFloat16) return Dtype::bf16;
+    if (type == ScalarType::Half) return Dtype::f16;
+    that(false, name, " has dtype ", torch::headeronly::toString(type), ", want Float, BFloat16 or Half");
+    return Dtype::f32;
+  }
+  void dtype(const char* name, const Tensor& t, ScalarType want) const {
+    const ScalarType type = t.scalar_type();
+    that(type == want, name, " has dtype ", torch::headeronly::toString(type), ", want ",
+         torch::headeronly::toString(want));
+  }
+  // M, K, N and R are at least 1: callers handle empty problems.
+  void positive(const char* name, int64_t n) const { that(n >= 1, name, " is ", n, ", want at least 1"); }
+
+  Dropout dropout(double p, const std::optional<Tensor>& seed) const {
+    that(p >= 0.0 && p < 1.0, "p is ", p, ", want 0 <= p < 1");
+    Dropout d;
+    if (p == 0.0) return d;
+    that(seed.has_value(), "seed is None, want an int64 tensor of one element because p is ", p);
+    that(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+         "seed has shape ", shape_text(*seed), ", want an int64 CPU tensor of one element");
+    d.on = true;
+    d.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+    const double scaled = p * 4294967296.0;
+    d.threshold = scaled >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(scaled);
+    d.inverse_keep = static_cast<float>(1.0 / (1.0 - p));
+    return d;
+  }
+  Matrix matrix(const char* name, const Tensor& t) const {
+    const Dtype type = floating(name, t);
+    return {const_cast<void*>(t.const_data_ptr()), type, t.stride(0), 1};
+  }
+
+ private:
+  const char* op_;
+};
+
+inline Tensor empty_f32(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Float);
+}
+inline Matrix f32_matrix(const Tensor& t) { return {t.mutable_data_ptr(), Dtype::f32, t.stride(0), 1}; }
+
+}  // namespace peftkern

@@ -1,0 +1,117 @@
+// Types that the kernels of every instruction set and the code around them share.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <torch/csrc/stable/ops.h>
+
+#include "isa.h"
+
+namespace peftkern {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+// Two neighbours along the summed dimension, as VDPBF16PS multiplies them.
+struct Bf16Pair {
+  Bf16 first, second;
+};
+
+constexpr Bf16 kBf16One{0x3f80};
+
+inline float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline float to_float(float x) { return x; }
+inline float to_float(Bf16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+// f16: the exponent is moved to f32's place and rebiased by one exact multiplication, subnormals included.
+inline float to_float(F16 x) {
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
+  const float scaled = from_bits(magnitude | sign) * 0x1p112f;
+  if ((x.bits & 0x7c00u) != 0x7c00u) return scaled;
+  return from_bits(magnitude | sign | 0x7f800000u);
+}
+
+enum class Dtype : int { f32, bf16, f16 };
+
+// A matrix in memory; strides in elements.
+struct Matrix {
+  void* data = nullptr;
+  Dtype dtype = Dtype::f32;
+  int64_t row = 0;  // stride between rows
+  int64_t col = 1;  // stride between columns
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+  Matrix transposed() const { return {data, dtype, col, row}; }
+};
+
+// Seeded dropout: see RowKey in skinny.h for the generator.
+struct Dropout {
+  bool on = false;
+  uint64_t seed = 0;
+  uint32_t threshold = 0;
+  float inverse_keep = 1.0f;
+};
+
+// The per-row part of the generator: two words that the column hash mixes in.
+struct RowKey {
+  uint32_t first, second;
+};
+
+inline RowKey row_key(uint64_t seed, int64_t row) {
+  uint64_t z = seed + (static_cast<uint64_t>(row) + 1) * 0x9E3779B97F4A7C15u;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  z ^= z >> 31;
+  // x ^ (x >> n) is linear over xor, so the key's share of both such steps is taken once per row.
+  const uint32_t k1 = static_cast<uint32_t>(z), k2 = static_cast<uint32_t>(z >> 32);
+  return {k1 ^ (k1 >> 16), k2 ^ (k2 >> 15)};
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Uninitialised scratch on cache-line boundaries.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n)
+      : data_(static_cast<T*>(::operator new(static_cast<size_t>(n > 0 ? n : 1) * sizeof(T), std::align_val_t{64}))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// Splits [0, tasks) over torch's own threads; below `kSerialWork` multiply-adds in all, or alone, it runs inline.
+constexpr int64_t kSerialWork = 1 << 17;
+template <class F>
+void for_tasks(int64_t tasks, int64_t work_per_task, const F& f) {
+  const int64_t grain = kSerialWork / (work_per_task > 0 ? work_per_task : 1) + 1;
+  torch::stable::parallel_for(0, tasks, grain, f);
+}
+
+}  // namespace peftkern

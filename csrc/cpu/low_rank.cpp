@@ -1,0 +1,213 @@
+// y += s * (drop(x) A^T) B^T and its gradients. This file includes itself once per instruction set (foreach_isa.h).
+#ifndef PEFTKERN_ISA
+
+#include "check.h"
+
+namespace peftkern {
+
+// x, dy and dx are [M, K or N] of one dtype, a [R, K] and b [N, R] of another; h, da and db are f32.
+struct LowRank {
+  int64_t m, k, n, r;
+  Matrix x, a, b, y, h, dy, dx, da, db;  // an absent gradient has no data
+  float scale;
+  Dropout drop;
+};
+
+}  // namespace peftkern
+
+#define PEFTKERN_ISA_FILE "low_rank.cpp"
+#include "foreach_isa.h"
+
+namespace peftkern {
+namespace {
+
+// Checks what forward and backward share and fills in the sizes.
+LowRank low_rank_args(const Check& check, const Tensor& x, const Tensor& a, const Tensor& b, double scale, double p,
+                      const std::optional<Tensor>& seed) {
+  check.dims("x", x, 2);
+  check.dims("a", a, 2);
+  check.dims("b", b, 2);
+  LowRank op{};
+  op.m = x.size(0), op.k = x.size(1), op.n = b.size(0), op.r = a.size(0);
+  check.positive("M", op.m), check.positive("K", op.k), check.positive("N", op.n), check.positive("R", op.r);
+  check.shape("x", x, {op.m, op.k}, true);
+  check.shape("a", a, {op.r, op.k});
+  check.shape("b", b, {op.n, op.r});
+  op.x = check.matrix("x", x), op.a = check.matrix("a", a), op.b = check.matrix("b", b);
+  check.dtype("b", b, a.scalar_type());
+  op.scale = static_cast<float>(scale);
+  op.drop = check.dropout(p, seed);
+  return op;
+}
+
+Tensor low_rank_forward(const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& y, double scale, double p,
+                        const std::optional<Tensor>& seed) {
+  const Check check("low_rank_forward");
+  LowRank op = low_rank_args(check, x, a, b, scale, p, seed);
+  check.shape("y", y, {op.m, op.n});
+  check.dtype("y", y, x.scalar_type());
+  Tensor h = empty_f32(x, {op.m, op.r});
+  op.y = check.matrix("y", y), op.h = f32_matrix(h);
+  PEFTKERN_CALL(low_rank_forward, op);
+  return h;
+}
+
+std::tuple<Tensor, Tensor> low_rank_backward(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b,
+                                             const Tensor& h, const std::optional<Tensor>& dx, double scale, double p,
+                                             const std::optional<Tensor>& seed, bool need_a, bool need_b) {
+  const Check check("low_rank_backward");
+  LowRank op = low_rank_args(check, x, a, b, scale, p, seed);
+  check.shape("dy", dy, {op.m, op.n}, true);
+  check.dtype("dy", dy, x.scalar_type());
+  check.shape("h", h, {op.m, op.r});
+  check.dtype("h", h, ScalarType::Float);
+  op.dy = check.matrix("dy", dy), op.h = f32_matrix(h);
+  if (dx.has_value()) {
+    check.shape("dx", *dx, {op.m, op.k});
+    check.dtype("dx", *dx, x.scalar_type());
+    op.dx = check.matrix("dx", *dx);
+  }
+  Tensor da = need_a ? empty_f32(x, {op.r, op.k}) : empty_f32(x, {0});
+  Tensor db = need_b ? empty_f32(x, {op.n, op.r}) : empty_f32(x, {0});
+  if (need_a) op.da = f32_matrix(da);
+  if (need_b) op.db = f32_matrix(db);
+  PEFTKERN_CALL(low_rank_backward, op);
+  return {da, db};
+}
+
+}  // namespace
+}  // namespace peftkern
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peftkern_cpu, m) {
+  m.def(
+      "low_rank_forward(Tensor x, Tensor a, Tensor b, Tensor(a!) y, float scale, float p, Tensor? seed) -> Tensor");
+  m.def(
+      "low_rank_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor h, Tensor(a!)? dx, float scale, float p, "
+      "Tensor? seed, bool need_a, bool need_b) -> (Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(peftkern_cpu, CPU, m) {
+  m.impl("low_rank_forward", TORCH_BOX(&peftkern::low_rank_forward));
+  m.impl("low_rank_backward", TORCH_BOX(&peftkern::low_rank_backward));
+}
+
+#else  // once per instruction set
+
+#include "simd.h"
+#include "skinny.h"
+
+namespace peftkern::PEFTKERN_ISA {
+namespace {
+
+template <class Lane, class T>
+void forward(const LowRank& op) {
+  const DotPack<Lane> a(op.r, op.k);
+  const PanelPack<Lane> b(op.r, op.n);
+  pack_dot(a, op.a, op.k);
+  pack_panel(b, op.b.transposed(), op.r, op.n);
+  const int64_t ldb = mask_stride(op.k);
+  for_tasks(ceil_div(op.m, kRowChunk), kRowChunk * op.r * (op.k + op.n), [&](int64_t begin, int64_t end) {
+    Buffer<uint8_t> bits(op.drop.on ? kRowChunk * ldb + kMaskSlack : 0);
+    Buffer<Lane> lanes(kRowChunk * b.depth);
+    RowKey keys[kRowChunk];
+    for (int64_t m = begin * kRowChunk; m < end * kRowChunk && m < op.m; m += kRowChunk) {
+      const int64_t rows = op.m - m < kRowChunk ? op.m - m : kRowChunk;
+      if (op.drop.on) {
+        for (int64_t i = 0; i < rows; ++i) keys[i] = row_key(op.drop.seed, m + i);
+        keep_bits(keys, rows, 0, op.k, op.drop.threshold, bits.get(), ldb);
+      }
+      float* h = op.h.as<float>() + m * op.r;
+      shrink<Lane, T>(op.x.as<const T>() + m * op.x.row, op.x.row, rows, op.k, op.drop.on ? bits.get() : nullptr, ldb,
+                      a, op.drop.inverse_keep, h, op.r);
+      T* y = op.y.as<T>() + m * op.y.row;
+      const ExpandTo<T> to{y, op.y.row, y, op.y.row, nullptr, op.scale, nullptr, 0};
+      expand<Lane, T>(lanes_along_r<Lane>(h, op.r, rows, op.r, lanes.get()), b.depth, rows, b, 0, b.panels, op.n, 0,
+                      to);
+    }
+  });
+}
+
+// db[n, :] = s * dy^T h, by blocks of columns of dy.
+template <class Lane, class T>
+void backward_b(const LowRank& op) {
+  TallPack<Lane> h(op.m, op.r, false);
+  h.fill(op.h.as<float>(), op.r, op.r, 0, op.m);
+  for_tasks(ceil_div(op.n, kColBlock), op.m * kColBlock * op.r, [&](int64_t begin, int64_t end) {
+    OuterScratch<Lane> scratch(h.stride);
+    for (int64_t c0 = begin * kColBlock; c0 < end * kColBlock; c0 += kColBlock) {
+      scratch.clear(h.stride);
+      for (int64_t m = 0; m < op.m; m += kOuterRows) {
+        const int64_t rows = op.m - m < kOuterRows ? op.m - m : kOuterRows;
+        outer_chunk<Lane, T>(op.dy.as<const T>(), op.dy.row, m, rows, c0, op.n, nullptr, 0, h, scratch);
+      }
+      outer_write(scratch.sums.get(), op.r, c0, op.n, op.scale, op.db.transposed());
+    }
+  });
+}
+
+// da = dh^T drop(x) and dx += drop(dh a), by blocks of columns of x, which share the dropout mask.
+template <class Lane, class T>
+void backward_ax(const LowRank& op, const float* dh, const TallPack<Lane>& tall, const RowKey* keys) {
+  const PanelPack<Lane> a(op.r, op.k);
+  if (op.dx.data) pack_panel(a, op.a, op.r, op.k);
+  Buffer<Lane> wide_dh(op.m * a.depth);
+  const Lane* rows_dh = nullptr;
+  if (op.dx.data) rows_dh = lanes_along_r<Lane>(dh, op.r, op.m, op.r, wide_dh.get());
+  const int64_t ldb = mask_stride(kColBlock);
+  for_tasks(ceil_div(op.k, kColBlock), op.m * kColBlock * op.r * 2, [&](int64_t begin, int64_t end) {
+    OuterScratch<Lane> scratch(tall.stride);
+    Buffer<uint8_t> mask(kOuterRows * ldb + kMaskSlack);
+    const uint8_t* bits = op.drop.on ? mask.get() : nullptr;
+    for (int64_t c0 = begin * kColBlock; c0 < end * kColBlock; c0 += kColBlock) {
+      scratch.clear(tall.stride);
+      const int64_t panel = c0 / kPanel;
+      const int64_t panels = panel + kColBlock / kPanel < a.panels ? panel + kColBlock / kPanel : a.panels;
+      for (int64_t m = 0; m < op.m; m += kOuterRows) {
+        const int64_t rows = op.m - m < kOuterRows ? op.m - m : kOuterRows;
+        if (op.drop.on) keep_bits(keys + m, rows, c0, kColBlock, op.drop.threshold, mask.get(), ldb);
+        if (op.da.data) outer_chunk<Lane, T>(op.x.as<const T>(), op.x.row, m, rows, c0, op.k, bits, ldb, tall, scratch);
+        if (op.dx.data) {
+          T* dx = op.dx.as<T>() + m * op.dx.row;
+          const ExpandTo<T> to{dx, op.dx.row, dx, op.dx.row, nullptr, op.drop.inverse_keep, bits, ldb};
+          expand<Lane, T>(rows_dh + m * a.depth, a.depth, rows, a, panel, panels, op.k, c0, to);
+        }
+      }
+      if (op.da.data) outer_write(scratch.sums.get(), op.r, c0, op.k, op.drop.inverse_keep, op.da);
+    }
+  });
+}
+
+template <class Lane, class T>
+void backward(const LowRank& op) {
+  if (op.db.data) backward_b<Lane, T>(op);
+  if (!op.da.data && !op.dx.data) return;
+  const DotPack<Lane> b(op.r, op.n);
+  pack_dot(b, op.b.transposed(), op.n);
+  Buffer<float> dh(op.m * op.r);
+  TallPack<Lane> tall(op.m, op.r, false);
+  Buffer<RowKey> keys(op.drop.on ? op.m : 0);
+  for_tasks(ceil_div(op.m, kRowChunk), kRowChunk * op.r * op.n, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin * kRowChunk; m < end * kRowChunk && m < op.m; m += kRowChunk) {
+      const int64_t rows = op.m - m < kRowChunk ? op.m - m : kRowChunk;
+      if (op.drop.on)
+        for (int64_t i = 0; i < rows; ++i) keys.get()[m + i] = row_key(op.drop.seed, m + i);
+      float* to = dh.get() + m * op.r;
+      shrink<Lane, T>(op.dy.as<const T>() + m * op.dy.row, op.dy.row, rows, op.n, nullptr, 0, b, op.scale, to, op.r);
+      tall.fill(to, op.r, op.r, m, m + rows);
+    }
+  });
+  backward_ax<Lane, T>(op, dh.get(), tall, keys.get());
+}
+
+}  // namespace
+
+void low_rank_forward(const LowRank& op) {
+  with_lane(op.x.dtype, op.a.dtype, [&](auto lane, auto* t) { forward<decltype(lane), std::remove_pointer_t<decltype(t)>>(op); });
+}
+
+void low_rank_backward(const LowRank& op) {
+  with_lane(op.x.dtype, op.a.dtype, [&](auto lane, auto* t) { backward<decltype(lane), std::remove_pointer_t<decltype(t)>>(op); });
+}
+
+}  // namespace peftkern::PEFTKERN_ISA
+
+#endif

@@ -1,0 +1,267 @@
+"""What the Triton kernels share: dropout hash, mixed-precision dot, activations, device facts.
+
+Letters: x input, M rows, K in, N out, R rank, T prompt, B batch, S sequence, H hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+#: True when the kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before the import).
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+# ---- dropout -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_keys(seed_ptr, rows):
+    """Two uint32 keys per row: splitmix64 of (seed, row), each already folded as `keep_mask` needs it.
+
+    x ^ (x >> n) is linear over xor, so the row's part of it is computed once per row, not once per element.
+    """
+    z = tl.load(seed_ptr).to(tl.uint64) + (rows.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = z ^ (z >> 31)
+    key1 = z.to(tl.uint32)
+    key2 = (z >> 32).to(tl.uint32)
+    return key1 ^ (key1 >> 16), key2 ^ (key2 >> 15)
+
+
+@triton.jit
+def keep_mask(key1, key2, cols, threshold):
+    """[rows, cols] bool, True where dropout keeps the element. `threshold` is int32 bits of a uint32."""
+    c = cols.to(tl.uint32)
+    c = c ^ (c >> 16)
+    x = (c[None, :] ^ key1[:, None]) * 0x21F0AAAD
+    x = x ^ (x >> 15) ^ key2[:, None]
+    x = x * 0xD35A2D97
+    x = x ^ (x >> 15)
+    return x >= threshold.to(tl.uint32)
+
+
+class Dropout(NamedTuple):
+    """Launch arguments of dropout: `enabled` is a constexpr, `threshold` int32 bits, `inv_keep` = 1 / (1 - p)."""
+
+    enabled: bool
+    threshold: int
+    inv_keep: float
+    seed: torch.Tensor | None
+
+
+def dropout_args(p: float, seed: torch.Tensor | None) -> Dropout:
+    """Launch arguments for probability p in [0, 1) and an int64 seed tensor on the device (never read by the host)."""
+    if p == 0.0:
+        return Dropout(False, 0, 1.0, None)
+    if not 0.0 < p < 1.0:
+        raise ValueError(f"p must be in [0, 1), got {p}")
+    if seed is None:
+        raise ValueError(f"dropout with p={p} needs a seed tensor, got None")
+    threshold = min(int(p * 2**32), 2**32 - 1)
+    return Dropout(True, threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - p), seed)
+
+
+# ---- dot products --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def round_to(v, DTYPE: tl.constexpr):
+    """`v` in DTYPE, rounded to nearest even. The interpreter truncates f32 to bf16, so there it is rounded first."""
+    if _INTERPRETED and v.dtype == tl.float32 and DTYPE == tl.bfloat16:
+        bits = v.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        v = tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
+    return v.to(DTYPE)
+
+
+@triton.jit
+def _mma(a, b, acc):
+    # The interpreter multiplies the raw bits of bf16, so there the rounded operands are widened first.
+    if _INTERPRETED:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
+
+
+@triton.jit
+def _dot_split(a, b, acc, ORDER: tl.constexpr):
+    # An f32 is a sum of three bf16 (8 + 8 + 8 bits), an f16 of two. Products of bf16 are exact in f32, so the terms
+    # i + j <= ORDER give 2^-16 (ORDER 1) or f32 accuracy (ORDER 2) at bf16 speed: 3 dots for bf16 x f32.
+    a0 = round_to(a, tl.bfloat16)
+    b0 = round_to(b, tl.bfloat16)
+    if a.dtype != tl.bfloat16:
+        a_rest = a.to(tl.float32) - a0.to(tl.float32)
+        a1 = round_to(a_rest, tl.bfloat16)
+        if ORDER == 2 and a.dtype == tl.float32:
+            acc = _mma(round_to(a_rest - a1.to(tl.float32), tl.bfloat16), b0, acc)
+        acc = _mma(a1, b0, acc)
+    if b.dtype != tl.bfloat16:
+        b_rest = b.to(tl.float32) - b0.to(tl.float32)
+        b1 = round_to(b_rest, tl.bfloat16)
+        if ORDER == 2 and b.dtype == tl.float32:
+            acc = _mma(a0, round_to(b_rest - b1.to(tl.float32), tl.bfloat16), acc)
+        if ORDER == 2 and a.dtype != tl.bfloat16:
+            acc = _mma(a1, b1, acc)
+        acc = _mma(a0, b1, acc)
+    return _mma(a0, b0, acc)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in f32; PRECISION is one of `Precision`'s names, a and b of any of f32, bf16, f16."""
+    if PRECISION == "bf16":
+        acc = _mma(round_to(a, tl.bfloat16), round_to(b, tl.bfloat16), acc)
+    elif PRECISION == "fp16":
+        acc = _mma(round_to(a, tl.float16), round_to(b, tl.float16), acc)
+    elif PRECISION == "split3":
+        acc = _dot_split(a, b, acc, 2)
+    elif PRECISION == "split2":
+        acc = _dot_split(a, b, acc, 1)
+    else:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+    return acc
+
+
+class Precision(NamedTuple):
+    """How products are taken: `wide` where the result stays f32, `narrow` where it is rounded to x's dtype.
+
+    "bf16" / "fp16": operands in that type (x and weights share it, as torch would do).
+    "ieee" / "tf32": x is f32; tf32 only when torch itself is allowed to use it.
+    "split3" / "split2": weights of another type than 16-bit x; see `_dot_split`.
+    """
+
+    wide: str
+    narrow: str
+
+
+def precision(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> Precision:
+    """The products' precision for x and weights of these dtypes."""
+    if x_dtype == torch.float32:
+        name = "tf32" if torch.version.hip is None and _tf32_allowed() else "ieee"
+        return Precision(name, name)
+    if x_dtype == weight_dtype:
+        return Precision(_TRITON_NAMES[x_dtype], _TRITON_NAMES[x_dtype])
+    return Precision("split3", "split2")
+
+
+def _tf32_allowed() -> bool:
+    # The legacy allow_tf32 raises once the newer fp32_precision has been set; the newer one reads both.
+    setting = torch.backends.cuda.matmul.fp32_precision
+    if setting == "none":
+        setting = getattr(torch.backends, "fp32_precision", "none")
+    return bool(setting == "tf32")
+
+
+# ---- activations ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tanh(v):
+    # 1 - 2 / (e^2|v| + 1) cancels near 0, where the Taylor series to v^15 is exact to f32.
+    t = v * v
+    s = -929569.0 / 638512875.0
+    s = s * t + 21844.0 / 6081075.0
+    s = s * t - 1382.0 / 155925.0
+    s = s * t + 62.0 / 2835.0
+    s = s * t - 17.0 / 315.0
+    s = s * t + 2.0 / 15.0
+    s = s * t - 1.0 / 3.0
+    near = v + v * t * s
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(v)) + 1.0)
+    return tl.where(tl.abs(v) < 0.5, near, tl.where(v < 0.0, -far, far))
+
+
+@triton.jit
+def activation(v, ACT: tl.constexpr):
+    """act(v) in f32; ACT is "" (identity), relu, gelu (exact), silu or tanh. NaN goes through."""
+    if ACT == "relu":
+        v = tl.where(v <= 0.0, 0.0, v)
+    elif ACT == "gelu":
+        v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    elif ACT == "silu":
+        v = v * tl.sigmoid(v)
+    elif ACT == "tanh":
+        v = _tanh(v)
+    return v
+
+
+@triton.jit
+def activation_grad(v, ACT: tl.constexpr):
+    """d act / d v in f32."""
+    if ACT == "relu":
+        d = tl.where(v <= 0.0, 0.0, 1.0)
+    elif ACT == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
+        d = cdf + v * 0.3989422804014327 * tl.exp(-0.5 * v * v)
+    elif ACT == "silu":
+        s = tl.sigmoid(v)
+        d = s * (1.0 + v * (1.0 - s))
+    elif ACT == "tanh":
+        t = _tanh(v)
+        d = 1.0 - t * t
+    else:
+        d = v * 0.0 + 1.0
+    return d
+
+
+# ---- device --------------------------------------------------------------------------------------------------------
+
+
+class Device(NamedTuple):
+    """What a launch has to know about the device: table key, multiprocessors, last-level cache in bytes."""
+
+    arch: str
+    processors: int
+    cache: int
+
+
+@functools.lru_cache(maxsize=None)
+def _device(index: int) -> Device:
+    props = torch.cuda.get_device_properties(index)
+    cache = int(getattr(props, "L2_cache_size", 0)) or 32 << 20
+    if torch.version.hip is not None:
+        return Device(str(props.gcnArchName).split(":")[0], props.multi_processor_count, cache)
+    return Device(f"sm{props.major}{props.minor}", props.multi_processor_count, cache)
+
+
+def device_of(x: torch.Tensor) -> Device:
+    """Facts of x's device, cached. The interpreter gets few processors and a small cache: small tests then split."""
+    if INTERPRETED or x.device.type != "cuda":
+        return Device("interpreter", 4, 1 << 14)
+    return _device(x.device.index)
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to the current device: make it x's for the length of a `with`."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def refuse_common(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
+    """Why the Triton kernels cannot run there, or None."""
+    if dtype not in _DTYPES:
+        return f"dtype {dtype}: float32, bfloat16 and float16 are supported"
+    if device.type == "cpu":
+        if not INTERPRETED:
+            return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before peftkern.kernels is imported"
+    elif device.type != "cuda":
+        return f"device type {device.type}: CUDA and ROCm devices are supported"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"compute capability {torch.cuda.get_device_capability(device)}: (8, 0) or newer is needed"
+    for name, value in dims.items():
+        if value >= 2**31:
+            return f"{name} = {value}: sizes are 32-bit in the kernels"
+    return None

@@ -1,0 +1,322 @@
+"""The passes that low_rank and bottleneck are made of; each reads its large matrix once.
+
+row pass     out[m, r] = sum_c drop(x)[m, c] w[r, c]                          reads x, writes M * R
+expand pass  out[m, n] = base[m, n] + drop(factor (act(h) w + bias))[m, n]    reads base, writes out
+column pass  grad[r, c] = sum_m g[m, r] drop(src)[m, c]                       reads src; on the way also
+             out[m, c] = base[m, c] + drop(g w)[m, c], column sums of src and g
+reduce       sums of partial gradients over the row splits, in a fixed order: no atomics, so always the same bits
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._common import activation, activation_grad, dot, keep_mask, round_to, row_keys
+
+
+@triton.jit
+def accumulate_rows(
+    x_ptr,
+    w_ptr,
+    seed_ptr,
+    offs_m,
+    offs_r,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_wr,
+    stride_wk,
+    block_start,
+    block_end,
+    threshold,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_R] f32 tile of drop(x) w^T over a range of k blocks; the 1 / (1 - p) is left to the caller.
+
+    Counting in blocks lets the compiler see that every tile starts at a multiple of BLOCK_K: 16-byte loads.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    x_rows = x_ptr + offs_m.to(tl.int64) * stride_xm
+    w_rows = w_ptr + offs_r.to(tl.int64) * stride_wr
+    if DROPOUT:
+        key1, key2 = row_keys(seed_ptr, offs_m)
+    for block in range(block_start, block_end):
+        offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        x = tl.load(x_rows[:, None] + offs_k[None, :], mask=(offs_m < M)[:, None] & mask_k[None, :], other=0.0)
+        w_tile = w_rows[None, :] + offs_k.to(tl.int64)[:, None] * stride_wk
+        w = tl.load(w_tile, mask=mask_k[:, None] & (offs_r < R)[None, :], other=0.0)
+        if DROPOUT:
+            x = tl.where(keep_mask(key1, key2, offs_k, threshold), x, 0.0)
+        acc = dot(x, w, acc, PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "blocks_per_split", "threshold"])
+def row_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    pre_ptr,
+    out_ptr,
+    seed_ptr,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_wr,
+    stride_wk,
+    blocks_per_split,
+    factor,
+    threshold,
+    ACT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out[split, m, r] = factor * sum_k drop(x)[m, k] w[r, k] (+ bias[r]) (* act'(pre[m, r])), f32."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(2)
+    start = split * blocks_per_split
+    end = min(start + blocks_per_split, tl.cdiv(K, BLOCK_K))
+    acc = accumulate_rows(
+        x_ptr, w_ptr, seed_ptr, offs_m, offs_r, M, K, R, stride_xm, stride_wr, stride_wk, start, end, threshold,
+        DROPOUT, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+    acc *= factor
+    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+    offsets = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)[None, :]
+    if pre_ptr is not None:
+        acc *= activation_grad(tl.load(pre_ptr + offsets, mask=mask, other=0.0), ACT)
+    tl.store(out_ptr + split.to(tl.int64) * M * R + offsets, acc, mask=mask)
+
+
+@triton.jit
+def latent_tile(h_ptr, bias_ptr, offs_m, offs_r, M, R, splits, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
+    """h[m, r] = sum over splits of the row pass's partials (+ bias[r]), f32, 0 outside."""
+    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+    tile_ptr = h_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
+    h = tl.load(tile_ptr, mask=mask, other=0.0)
+    for split in range(1, splits):
+        h += tl.load(tile_ptr + tl.cast(split, tl.int64) * M * R, mask=mask, other=0.0)
+    if bias_ptr is not None:
+        h += tl.load(bias_ptr + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)[None, :]
+    return h
+
+
+@triton.jit
+def base_tile(base_ptr, offs_m, offs_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tile of the contiguous base [M, N], or f32 zeros without one. Loaded before the dots, to be in flight meanwhile."""
+    if base_ptr is None:
+        base = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    else:
+        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        base = tl.load(base_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
+    return base
+
+
+@triton.jit
+def store_expanded(
+    acc,
+    base,
+    bias_ptr,
+    out_ptr,
+    seed_ptr,
+    offs_m,
+    offs_n,
+    M,
+    N,
+    factor,
+    inv_keep,
+    threshold,
+    DROPOUT: tl.constexpr,
+):
+    """out[m, n] = base[m, n] + drop(factor * (acc + bias))[m, n] in out's dtype; out is contiguous."""
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    acc *= factor
+    if DROPOUT:
+        key1, key2 = row_keys(seed_ptr, offs_m)
+        acc = tl.where(keep_mask(key1, key2, offs_n, threshold), acc * inv_keep, 0.0)
+    acc += base.to(tl.float32)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    offsets = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(out_ptr + offsets, round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "splits", "threshold"])
+def expand_kernel(
+    h_ptr,
+    h_bias_ptr,
+    h_out_ptr,
+    w_ptr,
+    bias_ptr,
+    base_ptr,
+    out_ptr,
+    seed_ptr,
+    M,
+    N,
+    R,
+    stride_wr,
+    stride_wn,
+    splits,
+    factor,
+    inv_keep,
+    threshold,
+    ACT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out = base + drop(factor * (act(h) w + bias)), w[r, n] by strides; h is summed over its splits and kept."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid_n = tl.program_id(1)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    base = base_tile(base_ptr, offs_m, offs_n, M, N, BLOCK_M, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for r in range(0, R, BLOCK_R):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        w_tile = w_ptr + offs_r.to(tl.int64)[:, None] * stride_wr + offs_n.to(tl.int64)[None, :] * stride_wn
+        w = tl.load(w_tile, mask=(offs_r < R)[:, None] & (offs_n < N)[None, :], other=0.0)
+        h = latent_tile(h_ptr, h_bias_ptr, offs_m, offs_r, M, R, splits, BLOCK_M, BLOCK_R)
+        if h_out_ptr is not None:
+            if pid_n == 0:
+                mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+                tl.store(h_out_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], h, mask=mask)
+        acc = dot(activation(h, ACT), w, acc, PRECISION)
+    store_expanded(
+        acc, base, bias_ptr, out_ptr, seed_ptr, offs_m, offs_n, M, N, factor, inv_keep, threshold, DROPOUT
+    )
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_split", "stride_split", "threshold"])
+def column_kernel(
+    src_ptr,
+    g_ptr,
+    w_ptr,
+    base_ptr,
+    out_ptr,
+    grad_ptr,
+    src_sum_ptr,
+    g_sum_ptr,
+    seed_ptr,
+    M,
+    C,
+    R,
+    stride_srcm,
+    stride_basem,
+    stride_gradr,
+    stride_gradc,
+    stride_split,
+    rows_per_split,
+    grad_factor,
+    out_factor,
+    threshold,
+    ACT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Gradient of a weight over one split of the rows and, with w [R, C], the input gradient of the same tile.
+
+    grad[r, c] = grad_factor * sum_m act(g)[m, r] drop(src)[m, c], by strides, at grad_ptr + split * stride_split;
+    src_sum[c] = grad_factor * sum_m drop(src)[m, c]; g_sum[r] = sum_m g[m, r];
+    out[m, c] = base[m, c] + out_factor * drop(g w)[m, c] needs R <= BLOCK_R. A pointer that is None drops its part.
+    """
+    pid_c = tl.program_id(0)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    at_split = tl.program_id(2).to(tl.int64) * stride_split
+    mask_c = offs_c < C
+    mask_r = offs_r < R
+    row_start = tl.program_id(2) * rows_per_split
+    row_end = min(row_start + rows_per_split, M)
+    if w_ptr is not None:
+        w_tile = w_ptr + offs_r.to(tl.int64)[:, None] * C + offs_c[None, :]
+        w = tl.load(w_tile, mask=mask_r[:, None] & mask_c[None, :], other=0.0)
+    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    src_sum = tl.zeros((BLOCK_C,), tl.float32)
+    g_sum = tl.zeros((BLOCK_R,), tl.float32)
+    for m in range(row_start, row_end, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        rows = offs_m.to(tl.int64)[:, None]
+        mask_m = offs_m < row_end
+        mask = mask_m[:, None] & mask_c[None, :]
+        if grad_ptr is not None:
+            src = tl.load(src_ptr + rows * stride_srcm + offs_c[None, :], mask=mask, other=0.0)
+        if base_ptr is not None:
+            base = tl.load(base_ptr + rows * stride_basem + offs_c[None, :], mask=mask, other=0.0)
+        g = tl.load(g_ptr + rows * R + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        if DROPOUT:
+            key1, key2 = row_keys(seed_ptr, offs_m)
+            keep = keep_mask(key1, key2, offs_c, threshold)
+        if grad_ptr is not None:
+            if DROPOUT:
+                src = tl.where(keep, src, 0.0)
+            acc = dot(tl.trans(activation(g, ACT)), src, acc, PRECISION)
+        if src_sum_ptr is not None:
+            src_sum += tl.sum(src.to(tl.float32), axis=0)
+        if g_sum_ptr is not None:
+            g_sum += tl.sum(g, axis=0)
+        if w_ptr is not None:
+            out = dot(g, w, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), OUT_PRECISION) * out_factor
+            if DROPOUT:
+                out = tl.where(keep, out, 0.0)
+            if base_ptr is not None:
+                out += base.to(tl.float32)
+            tl.store(out_ptr + rows * C + offs_c[None, :], round_to(out, out_ptr.dtype.element_ty), mask=mask)
+    if grad_ptr is not None:
+        grad_tile = grad_ptr + at_split + offs_r.to(tl.int64)[:, None] * stride_gradr
+        grad_tile += offs_c.to(tl.int64)[None, :] * stride_gradc
+        tl.store(grad_tile, acc * grad_factor, mask=mask_r[:, None] & mask_c[None, :])
+    if src_sum_ptr is not None:
+        if tl.program_id(1) == 0:
+            tl.store(src_sum_ptr + at_split + offs_c, src_sum * grad_factor, mask=mask_c)
+    if g_sum_ptr is not None:
+        if pid_c == 0:
+            tl.store(g_sum_ptr + at_split + offs_r, g_sum, mask=mask_r)
+
+
+@triton.jit(do_not_specialize=["size", "end0", "end1", "end2", "splits"])
+def reduce_kernel(
+    partial_ptr,
+    out0_ptr,
+    out1_ptr,
+    out2_ptr,
+    out3_ptr,
+    size,
+    end0,
+    end1,
+    end2,
+    splits,
+    BLOCK: tl.constexpr,
+):
+    """Sum partial [splits, size] over the splits, first to last, and cut the sums into up to four outputs."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for split in range(splits):
+        acc += tl.load(partial_ptr + tl.cast(split, tl.int64) * size + offs, mask=mask, other=0.0)
+    tl.store(out0_ptr + offs, acc, mask=offs < end0)
+    if out1_ptr is not None:
+        tl.store(out1_ptr + offs - end0, acc, mask=(offs >= end0) & (offs < end1))
+    if out2_ptr is not None:
+        tl.store(out2_ptr + offs - end1, acc, mask=(offs >= end1) & (offs < end2))
+    if out3_ptr is not None:
+        tl.store(out3_ptr + offs - end2, acc, mask=(offs >= end2) & mask)

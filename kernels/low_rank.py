@@ -1,0 +1,167 @@
+"""Triton backend of low_rank: y += s * (drop(x) A^T) B^T, with backward.
+
+x [M, K], a [R, K], b [N, R], y [M, N]; x, y in f32, bf16 or f16 with any row stride for x and dy; a and b in one of the
+same types, independently; products accumulate in f32. The dropout mask is regenerated from (seed, row, column).
+
+forward   row pass over x (h), expand pass on y: x read once, y read and written once
+backward  dy pass (dh and db; for larger ranks a row and a column pass), column pass over x (da and dx), reduction
+Source of the method: Hu et al. 2021 (arXiv:2106.09685), eq. 3.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import Dropout, device_of, dot, dropout_args, on_device, precision, refuse_common
+from ._launch import Gradients, column_pass, expand_pass, fits_one_tile, reduce_pass, row_pass
+from ._tiles import tile
+
+
+def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
+    """Why this backend cannot run for x on `device` with `dtype` and sizes M, K, N, R; None when it can."""
+    return refuse_common(device, dtype, **dims)
+
+
+def forward(x: Tensor, a: Tensor, b: Tensor, y: Tensor, scale: float, p: float, seed: Tensor | None) -> Tensor:
+    """Y [M, N] += scale * h b^T in place -> h = drop(x) a^T [M, R] f32 (with dropout's 1 / (1 - p), without scale)."""
+    drop = dropout_args(p, seed)
+    products = precision(x.dtype, a.dtype)
+    with on_device(x):
+        h = row_pass(x, a, drop.inv_keep, drop, products.wide, may_split=True)
+        return expand_pass(h, b.T, y, y, scale, dropout_args(0.0, None), products.narrow)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    h: Tensor,
+    dx: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx [M, K] += drop(dh a) in place -> da = dh^T drop(x) [R, K] f32, db = scale dy^T h [N, R] f32.
+
+    dh = scale dy b. What is not needed is neither computed nor returned (None).
+    """
+    drop, plain = dropout_args(p, seed), dropout_args(0.0, None)
+    products = precision(x.dtype, a.dtype)
+    (m, k), (n, r) = x.shape, b.shape
+    need_dh = need_a or dx is not None
+    shapes = ([(r, k)] if need_a else []) + ([(n, r)] if need_b else [])
+    with on_device(x):
+        grads = Gradients(x, [k, n], shapes, products.wide, r)
+        slots = list(grads.partials)
+        da_slot = slots.pop(0) if need_a else None
+        db_slot = slots.pop(0) if need_b else None
+        dh = None
+        if need_dh and db_slot is not None and _one_dy_pass(dy, r):
+            dh = _dy_pass(dy, b, h, db_slot, grads, scale, products.wide)
+        elif db_slot is not None:
+            column_pass(dy, h, grads, plain, products, grad=db_slot, grad_strides=(1, r), grad_factor=scale)
+        if need_dh and dh is None:
+            dh = row_pass(dy, b.T, scale, plain, products.wide)[0]
+        if dh is not None:
+            _x_pass(x, a, dh, dx, da_slot, grads, drop, products)
+        sums = grads.finish()
+    return (sums.pop(0) if need_a else None), (sums.pop(0) if need_b else None)
+
+
+def _x_pass(
+    x: Tensor,
+    a: Tensor,
+    dh: Tensor,
+    dx: Tensor | None,
+    da: Tensor | None,
+    grads: Gradients,
+    drop: Dropout,
+    products: tuple[str, str],
+) -> None:
+    fused = dx is not None and fits_one_tile(a.shape[0])
+    if dx is not None and not fused:
+        expand_pass(dh[None], a, dx, dx, 1.0, drop, products[1])
+    if fused or da is not None:
+        column_pass(
+            x if da is not None else None, dh, grads, drop, products,
+            grad=da, grad_strides=(x.shape[1], 1), grad_factor=drop.inv_keep,
+            w=a if fused else None, base=dx if fused else None, out=dx if fused else None,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_split", "stride_split"])
+def dy_kernel(
+    dy_ptr,
+    b_ptr,
+    h_ptr,
+    dh_ptr,
+    db_ptr,
+    M,
+    N,
+    R,
+    stride_dym,
+    stride_split,
+    rows_per_split,
+    scale,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One reading of dy for both gradients of the latent.
+
+    dh[chunk of n, m, r] = scale * sum_n dy[m, n] b[n, r] over the chunk; db[split of m, n, r] = scale * sum_m dy h.
+    """
+    pid_n = tl.program_id(0)
+    split = tl.program_id(1)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_n = offs_n < N
+    mask_r = offs_r < R
+    weight_tile = offs_n.to(tl.int64)[:, None] * R + offs_r[None, :]
+    weight_mask = mask_n[:, None] & mask_r[None, :]
+    b = tl.load(b_ptr + weight_tile, mask=weight_mask, other=0.0)
+    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    row_start = split * rows_per_split
+    row_end = min(row_start + rows_per_split, M)
+    for m in range(row_start, row_end, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        rows = offs_m.to(tl.int64)[:, None]
+        mask_m = offs_m < row_end
+        dy = tl.load(dy_ptr + rows * stride_dym + offs_n[None, :], mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        mask = mask_m[:, None] & mask_r[None, :]
+        h = tl.load(h_ptr + rows * R + offs_r[None, :], mask=mask, other=0.0)
+        dh = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION)
+        tl.store(dh_ptr + pid_n.to(tl.int64) * M * R + rows * R + offs_r[None, :], dh * scale, mask=mask)
+        acc = dot(tl.trans(dy), h, acc, PRECISION)
+    tl.store(db_ptr + split.to(tl.int64) * stride_split + weight_tile, acc * scale, mask=weight_mask)
+
+
+def _one_dy_pass(dy: Tensor, rank: int) -> bool:
+    """Whether dy is larger than the cache while the partials of dh (8 R bytes per row and chunk) stay well below it."""
+    return rank <= 32 and dy.element_size() == 2 and dy.numel() * 2 > device_of(dy).cache // 2
+
+
+def _dy_pass(
+    dy: Tensor, b: Tensor, h: Tensor, db: Tensor, grads: Gradients, scale: float, precision: str
+) -> Tensor:
+    (m, n), r = dy.shape, b.shape[1]
+    t = tile("dy", precision, r)
+    chunks = triton.cdiv(n, t.block_c)
+    partial = torch.empty((chunks, m * r), dtype=torch.float32, device=dy.device)
+    dy_kernel[(chunks, grads.splits)](
+        dy, b, h, partial, db, m, n, r, dy.stride(0), grads.size, grads.rows_per_split, scale,
+        PRECISION=precision, BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
+        num_warps=t.num_warps, num_stages=t.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if chunks == 1:
+        return partial.view(m, r)
+    dh = torch.empty((m, r), dtype=torch.float32, device=dy.device)
+    reduce_pass(partial, [dh])
+    return dh

@@ -1,0 +1,302 @@
+"""The contract of a method, and the module that wraps a target: written once for all methods.
+
+A method is a class with a frozen-dataclass `Config` and one of three shapes: `LayerAdapter` wraps one module,
+`PromptAdapter` adds rows in front of the sequence, `Selection` names existing parameters that train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkern import targets
+from peftkern.base import BaseLayer
+from peftkern.errors import ConfigError, MergeError, near
+
+C = TypeVar("C", bound="AdapterConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Fields that every method has; names as Hugging Face PEFT has them.
+
+    task_type: None or one of SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION; the first
+    three train the task head as well. modules_to_save: modules trained and saved in full beside the adapter.
+    """
+
+    method: ClassVar[type[Method]]
+    peft_type: ClassVar[str | None] = None
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Fields of Hugging Face PEFT that are accepted only with one of these values, since they change the mathematics."""
+
+    task_type: str | None = None
+    modules_to_save: list[str] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+
+    TASK_TYPES: ClassVar[tuple[str, ...]] = (
+        "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            object.__setattr__(self, "task_type", getattr(self.task_type, "value", self.task_type))
+            self.one_of("task_type", self.TASK_TYPES)
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(f"modules_to_save={self.modules_to_save!r}: want a list of module names")
+
+    def require(self, ok: bool, name: str, want: str) -> None:
+        """Raise ConfigError for the field `name` unless `ok`."""
+        if not ok:
+            raise ConfigError(f"{type(self).__name__}: {name}={getattr(self, name)!r}: want {want}")
+
+    def one_of(self, name: str, choices: Iterable[str]) -> None:
+        """Raise ConfigError unless the field is one of the choices."""
+        value, choices = getattr(self, name), tuple(choices)
+        if value not in choices:
+            hint = near(str(value), choices)
+            raise ConfigError(f"{type(self).__name__}: {name}={value!r}{hint}: want one of {', '.join(choices)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields, sets as sorted lists."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {key: sorted(v) if isinstance(v, (set, frozenset)) else v for key, v in fields.items()}
+
+    @classmethod
+    def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+        """Build from a mapping; an unknown field, or one that asks for what is not implemented, raises ConfigError."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        accepted: dict[str, Any] = {}
+        for key, value in values.items():
+            if key in known:
+                accepted[key] = value
+            elif key in cls.neutral:
+                if value not in cls.neutral[key]:
+                    raise ConfigError(f"{cls.__name__}: {key}={value!r} is not implemented and would change the result")
+            elif key not in ("peft_type", "peftkern"):
+                raise ConfigError(f"{cls.__name__} has no field {key!r}{near(key, known)}")
+        try:
+            return cls(**accepted)
+        except TypeError as error:
+            raise ConfigError(f"{cls.__name__}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig(AdapterConfig):
+    """Which modules a layer method wraps.
+
+    target_modules: names (matched exactly or as a `.suffix`), a regular expression (a string, matched in full),
+    "all-linear", or None for the method's own default. exclude_modules: the same, taken away. layers_to_transform:
+    indices of transformer blocks; layers_pattern: name of the block list, when it is not to be found by itself.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_modules is not None and not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", sorted(set(self.target_modules)))
+            self.require(bool(self.target_modules), "target_modules", "at least one name")
+
+    def for_target(self, path: str) -> LayerConfig:
+        """The configuration that holds for one target; patterns over module names are resolved here."""
+        return self
+
+
+class Method:
+    """Common base of the three shapes. `summary` and `paper` are what `peftkern methods` prints."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    Config: ClassVar[type[AdapterConfig]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "Config" in cls.__dict__:
+            cls.Config.method = cls
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where one layer adapter sits: the module it wraps, and a module whose input it also reads, if any."""
+
+    path: str
+    source: str | None = None
+
+
+class LayerAdapter(Method, nn.Module):
+    """One adapter on one module. Override `delta`, or `forward` for a fused or non-additive method.
+
+    `__init__(base, config)` creates the parameters so that the first forward equals the base. Parameters are moved to
+    the base's device and, over a half-precision base, kept in f32. Attributes that are not parameters stay plain.
+    """
+
+    keys: ClassVar[Mapping[str, str]] = {}
+    """Parameter name -> name in a checkpoint behind the module's path; a name not listed is stored as METHOD_NAME."""
+
+    def __init__(self, base: BaseLayer, config: AdapterConfig) -> None:
+        super().__init__()
+
+    @classmethod
+    def sites(cls, model: nn.Module, config: Any) -> list[Site]:
+        """Where adapters go; by default the modules that `config.target_modules` matches."""
+        return [Site(path) for path in targets.match(model, config)]
+
+    def forward(self, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """base(x) + delta(x), with x cast to the adapter's dtype and the result to the base's."""
+        y = base(x)
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), y.dtype)
+        return y + self.delta(x.to(dtype) if x.is_floating_point() else x).to(y.dtype)
+
+    def delta(self, x: Tensor) -> Tensor:
+        """What is added to the base's output; x [..., K] -> [..., N]."""
+        raise TypeError(f"{type(self).__name__} overrides neither delta nor forward")
+
+    def delta_weight(self) -> Tensor:
+        """ΔW [N, K], added to the base weight on merge."""
+        raise MergeError(f"method {self.name!r} cannot be merged: it is not a change of the base weight")
+
+    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The base weight [N, K] and bias [N], in f32 or wider, with the adapter folded in."""
+        return weight + self.delta_weight().to(weight.dtype), bias
+
+    def state_keys(self) -> dict[str, nn.Parameter]:
+        """Checkpoint name -> parameter."""
+        return {self.keys.get(name, f"{self.name}_{name}"): p for name, p in self.named_parameters()}
+
+
+@dataclass(frozen=True)
+class PromptSite:
+    """What a prompt method may know of the model: token width, embedding module, the model's own config."""
+
+    hidden_size: int
+    embedding: nn.Embedding
+    model_config: Any = field(repr=False, default=None)
+
+
+class PromptAdapter(Method, nn.Module):
+    """Rows in front of the sequence. `__init__(site, config)` creates the parameters."""
+
+    keys: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, site: PromptSite, config: AdapterConfig) -> None:
+        super().__init__()
+
+    def prompt(self) -> Tensor:
+        """[T, H] rows that go in front of the text."""
+        raise TypeError(f"{type(self).__name__} does not override prompt")
+
+    state_keys = LayerAdapter.state_keys
+
+
+class Selection(Method):
+    """Existing parameters that train. Instances are never made: the class only chooses."""
+
+    @classmethod
+    def select(cls, model: nn.Module, config: Any) -> list[str]:
+        """Names of the parameters, as in `model.named_parameters()`, that train and are saved."""
+        raise TypeError(f"{cls.__name__} does not override select")
+
+
+class AdaptedModule(nn.Module):
+    """Stands where the target stood: the base module, its adapters by name, and which of them are active.
+
+    Several active adapters are nested in the order of activation: the base that a later one sees holds the earlier.
+    """
+
+    def __init__(self, base_layer: nn.Module, path: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.base = BaseLayer(base_layer, path)
+        self.active: tuple[str, ...] = ()
+        self.unmerged: dict[str, nn.Parameter] | None = None
+        self.train(base_layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base's output with every active adapter applied."""
+        call: Callable[[Tensor], Tensor] = self.base
+        if self.unmerged is None:
+            for name in self.active:
+                call = _Adapted(self.adapters[name], call)
+        return call(x)
+
+    def merged_weights(self) -> dict[str, nn.Parameter]:
+        """New base parameters with the active adapters folded in, computed in f32 or wider; nothing is changed."""
+        self.base.check_mergeable()
+        weight, bias = self.base.weight.detach(), self.base.bias
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        weight, bias = weight.to(dtype), None if bias is None else bias.detach().to(dtype)
+        with torch.no_grad():
+            for name in self.active:
+                weight, bias = self.adapters[name].merge(weight, bias)  # type: ignore[operator]
+        if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+            raise MergeError(f"{self.base.path}: the merged weight is not finite; look for NaN in {self.active}")
+        return self.base.with_weights(weight, bias)
+
+    def set_base_weights(self, new: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Put parameters into the base module and return those that were there."""
+        old = self.base.weights()
+        for key, parameter in new.items():
+            setattr(self.base_layer, key, parameter)
+        return {key: old[key] for key in new}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base_layer", "adapters", "base"):
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+
+class _Adapted:
+    """A base seen through one more adapter; it has no plain linear inside, so that fused ops use its output."""
+
+    linear = None
+    __slots__ = ("_adapter", "_base")
+
+    def __init__(self, adapter: nn.Module, base: Callable[[Tensor], Tensor]) -> None:
+        self._adapter, self._base = adapter, base
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self._adapter(self._base, x)
+        return out
+
+
+class InputTap(nn.Module):
+    """Remembers the input of one module until the adapter that reads it has run. Used as a forward pre-hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Tensor | None = None
+        self.enabled = False
+
+    def hook(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep the first positional argument, while an active adapter wants it."""
+        self.value = args[0] if self.enabled else None
+
+    def take(self) -> Tensor:
+        """The remembered input, once."""
+        value, self.value = self.value, None
+        if value is None:
+            raise RuntimeError("the module whose input this adapter reads has not run before it")
+        return value
+
+
+def kaiming_(parameter: Tensor) -> Tensor:
+    """Uniform on ±1/√fan_in, as nn.Linear's weight: the field's initialisation of A and of D."""
+    return nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))

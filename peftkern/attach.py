@@ -1,0 +1,375 @@
+"""Attach, switch, disable, merge and detach adapters, in place: the model stays the object and the class it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from peftkern import frozen, prompting, registry, targets
+from peftkern.adapter import AdaptedModule, AdapterConfig, InputTap, LayerAdapter, PromptAdapter, Selection
+from peftkern.base import BaseLayer, adapter_dtype
+from peftkern.errors import AdapterError, ConfigError, MergeError, TargetError, near
+from peftkern.selection import SelectedParameters
+
+M = TypeVar("M", bound=nn.Module)
+STATE = "_peftkern"
+_HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+class Attachment(nn.Module):
+    """Everything that is attached to one model; registered as its submodule `_peftkern`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.configs: dict[str, AdapterConfig] = {}
+        self.active: tuple[str, ...] = ()
+        self.merged: tuple[str, ...] = ()
+        self.trainable: set[str] = set()
+        self.selections = nn.ModuleDict()
+        self.taps = nn.ModuleDict()
+        self.hooks: prompting.PromptHooks | None = None
+        self.plan: frozen.FrozenPrefix | None = None
+        self.tap_handles: dict[str, Any] = {}
+        self.required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def parameters_of(self, model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+        """Checkpoint key, without prefix -> parameter of one adapter."""
+        keys: dict[str, nn.Parameter] = {}
+        for module in adapted_modules(model):
+            if name in module.adapters:
+                adapter: LayerAdapter = module.adapters[name]  # type: ignore[assignment]
+                keys |= {f"{module.base.path}.{key}": p for key, p in adapter.state_keys().items()}
+        if self.hooks is not None and name in self.hooks.prompts:
+            keys |= self.hooks.prompts[name].state_keys()  # type: ignore[operator]
+        if name in self.selections:
+            keys |= self.selections[name].trained()  # type: ignore[operator]
+        return keys
+
+
+class Plan:
+    """An adapter that is built and checked but not yet part of the model; nothing has changed until `commit`."""
+
+    def __init__(self, model: nn.Module, config: AdapterConfig, name: str) -> None:
+        self.model, self.config, self.name = model, config, name
+        self.method = registry.by_config(config)
+        self.layers: dict[str, LayerAdapter] = {}
+        self.sources: dict[str, str] = {}
+        self.prompt: PromptAdapter | None = None
+        self.selected: list[str] = list(_saved_modules(model, config))
+        _check_name(model, name)
+        if issubclass(self.method, LayerAdapter):
+            modules = targets.adaptable(model)
+            for site in self.method.sites(model, config):
+                base = BaseLayer(modules[site.path], site.path)
+                adapter = self.method(base, config.for_target(site.path) if hasattr(config, "for_target") else config)
+                weight = base.weight
+                self.layers[site.path] = adapter.to(weight.device, adapter_dtype(weight.dtype))
+                if site.source is not None:
+                    self.sources[site.path] = site.source
+        if issubclass(self.method, PromptAdapter):
+            site = prompting.site(model)
+            weight = site.embedding.weight
+            self.prompt = self.method(site, config).to(weight.device, adapter_dtype(weight.dtype))
+        if issubclass(self.method, Selection) or hasattr(self.method, "select"):
+            self.selected += self.method.select(model, config)  # type: ignore[attr-defined]
+        keep = bool(getattr(config, "keep_original", True))
+        self.selection = SelectedParameters(model, self.selected, keep) if self.selected else None
+        if not (self.layers or self.prompt or self.selection):
+            raise TargetError(f"method {self.method.name!r} found nothing to train in {type(model).__name__}")
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Checkpoint key, without prefix -> parameter."""
+        keys = {f"{path}.{key}": p for path, a in self.layers.items() for key, p in a.state_keys().items()}
+        if self.prompt is not None:
+            keys |= self.prompt.state_keys()
+        return keys | (self.selection.trained() if self.selection else {})
+
+    def commit(self, trainable: bool = True) -> None:
+        """Make the adapter part of the model; the first one attached becomes the active one."""
+        model, name = self.model, self.name
+        first = state(model) is None
+        if first:
+            model.add_module(STATE, Attachment(model))
+        attachment = _state(model)
+        for path, adapter in self.layers.items():
+            module = _wrapper(model, path)
+            module.adapters[name] = adapter.train(module.training)
+            if path in self.sources:
+                _tap(model, attachment, self.sources[path], adapter)
+        if self.prompt is not None:
+            if attachment.hooks is None:
+                attachment.hooks = prompting.PromptHooks(model)
+            attachment.hooks.prompts[name] = self.prompt
+        if self.selection is not None:
+            attachment.selections[name] = self.selection
+        attachment.configs[name] = self.config
+        if trainable:
+            attachment.trainable.add(name)
+        if attachment.plan is None:
+            attachment.plan = frozen.FrozenPrefix(model)
+        _activate(model, (name,) if first else attachment.active)
+
+
+def attach(model: M, config: AdapterConfig, name: str = "default") -> M:
+    """Attach an adapter in place and return the same model.
+
+    The backbone is frozen. The first adapter becomes active, later ones wait for `set_adapter`. Raises AdapterError
+    for a name that is taken, TargetError when nothing matches, ConfigError for a bad configuration, before any change.
+    """
+    if not isinstance(config, AdapterConfig):
+        raise ConfigError(f"config is a {type(config).__name__}: want a configuration such as pk.LoraConfig(r=8)")
+    Plan(model, config, name).commit()
+    return model
+
+
+def detach(model: M, name: str = "default") -> M:
+    """Remove an adapter; removing the last one restores the untouched model to the bit, hooks and grad flags included."""
+    attachment = _known(model, name)
+    _check_way_back(attachment, (name,))
+    if attachment.merged:
+        unmerge(model)
+    _activate(model, tuple(n for n in attachment.active if n != name))
+    for module in list(adapted_modules(model)):
+        if name in module.adapters:
+            del module.adapters[name]
+            if not module.adapters:
+                _replace(model, module, module.base_layer)
+    if attachment.hooks is not None and name in attachment.hooks.prompts:
+        del attachment.hooks.prompts[name]
+        if not attachment.hooks.prompts:
+            attachment.hooks.remove()
+            attachment.hooks = None
+    if name in attachment.selections:
+        del attachment.selections[name]
+    attachment.trainable.discard(name)
+    del attachment.configs[name]
+    if not attachment.configs:
+        for handle in attachment.tap_handles.values():
+            handle.remove()
+        if attachment.plan is not None:
+            attachment.plan.remove()
+        delattr(model, STATE)
+        for parameter, required in attachment.required_grad:
+            parameter.requires_grad_(required)
+    return model
+
+
+def set_adapter(model: nn.Module, names: str | list[str]) -> None:
+    """Make these adapters, and no others, active and trainable; several act in the order given.
+
+    Raises AdapterError for an unknown name, and for two that train the same parameter of the backbone.
+    """
+    chosen = (names,) if isinstance(names, str) else tuple(names)
+    for name in chosen:
+        attachment = _known(model, name)
+    if len(set(chosen)) != len(chosen):
+        raise AdapterError(f"names={list(chosen)}: each adapter can be active once")
+    if chosen and attachment.merged:
+        raise AdapterError(f"adapters {list(attachment.merged)} are merged: unmerge before switching")
+    _activate(model, chosen)
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the active adapters, in the order in which they act."""
+    attachment = state(model)
+    return [] if attachment is None else list(attachment.active)
+
+
+def adapters(model: nn.Module) -> dict[str, AdapterConfig]:
+    """Name -> configuration of everything that is attached."""
+    attachment = state(model)
+    return {} if attachment is None else dict(attachment.configs)
+
+
+@contextmanager
+def disabled(model: M) -> Iterator[M]:
+    """Inside the block the model is the frozen backbone, selected parameters and prompts included."""
+    attachment = _state(model)
+    active, merged = attachment.active, attachment.merged
+    _check_way_back(attachment, active)
+    if merged:
+        unmerge(model)
+    _activate(model, ())
+    try:
+        yield model
+    finally:
+        _activate(model, active)
+        if merged:
+            merge(model)
+
+
+def merge(model: M) -> M:
+    """Fold the active adapters into the backbone's weights, in f32, each into the module's own dtype.
+
+    The original weights are kept aside, so that `unmerge` is exact; a tied weight is replaced in the adapted module
+    only. Raises MergeError, before any weight moves, when merged already, when a method cannot be merged, when a
+    weight is quantised, and when the result is not finite.
+    """
+    attachment = _state(model)
+    if attachment.merged:
+        raise MergeError(f"adapters {list(attachment.merged)} are merged already: unmerge first")
+    if not attachment.active:
+        raise MergeError("no adapter is active: set_adapter first")
+    for name in attachment.active:
+        if attachment.hooks is not None and name in attachment.hooks.prompts:
+            raise MergeError(f"adapter {name!r} is a prompt ({attachment.configs[name].method.name}): it has no weight to merge into")
+    new = [(module, module.merged_weights()) for module in adapted_modules(model) if module.active]
+    for module, weights in new:
+        module.unmerged = module.set_base_weights(weights)
+    attachment.merged = attachment.active
+    return model
+
+
+def unmerge(model: M) -> M:
+    """Put the original weights back, to the bit. Raises MergeError when nothing is merged."""
+    attachment = _state(model)
+    if not attachment.merged:
+        raise MergeError("no adapter is merged")
+    for module in adapted_modules(model):
+        if module.unmerged is not None:
+            module.set_base_weights(module.unmerged)
+            module.unmerged = None
+    attachment.merged = ()
+    return model
+
+
+def merge_and_unload(model: M) -> M:
+    """Merge the active adapters for good and return the plain model without a trace of peftkern."""
+    attachment = _state(model)
+    merge(model)
+    for module in adapted_modules(model):
+        module.unmerged = None
+        module.active = ()
+    attachment.merged = ()
+    kept = [(place, p) for s in attachment.selections.values() if s.active for places, p in zip(s.places, s.trained().values(), strict=True) for place in places]  # type: ignore[union-attr, operator]  # fmt: skip
+    for name in list(attachment.configs):
+        detach(model, name)
+    for (module, attribute), parameter in kept:
+        setattr(module, attribute, parameter)
+    return model
+
+
+def state(model: nn.Module) -> Attachment | None:
+    """What is attached to the model, or None."""
+    found = model._modules.get(STATE)
+    return found if isinstance(found, Attachment) else None
+
+
+def adapted_modules(model: nn.Module) -> Iterator[AdaptedModule]:
+    """All wrapped targets."""
+    return (module for module in model.modules() if isinstance(module, AdaptedModule))
+
+
+def _activate(model: nn.Module, names: tuple[str, ...]) -> None:
+    attachment = _state(model)
+    chosen: list[tuple[str, SelectedParameters]] = []
+    for name in names:
+        if name not in attachment.selections:
+            continue
+        selection: SelectedParameters = attachment.selections[name]  # type: ignore[assignment]
+        for other_name, other in chosen:
+            if shared := other.overlaps(selection):
+                raise AdapterError(f"adapters {other_name!r} and {name!r} both train {shared[0]}: activate one of them")
+        chosen.append((name, selection))
+    for selection in attachment.selections.values():  # type: ignore[assignment]
+        if selection.active:
+            selection.swap()
+    for _, selection in chosen:
+        selection.swap()
+    for module in adapted_modules(model):
+        module.active = tuple(name for name in names if name in module.adapters)
+    for tap in attachment.taps.values():
+        tap.enabled = False  # type: ignore[assignment]
+    for module in adapted_modules(model):
+        for name in module.active:
+            if getattr(module.adapters[name], "tap", None) is not None:
+                module.adapters[name].tap.enabled = True  # type: ignore[union-attr]
+    if attachment.hooks is not None:
+        attachment.hooks.active = tuple(name for name in names if name in attachment.hooks.prompts)
+    attachment.active = names
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name in names:
+        if name in attachment.trainable:
+            for parameter in attachment.parameters_of(model, name).values():
+                parameter.requires_grad_(parameter.is_floating_point())
+    if attachment.plan is not None:
+        attachment.plan.refresh()
+
+
+def _saved_modules(model: nn.Module, config: AdapterConfig) -> Iterator[str]:
+    wanted = list(config.modules_to_save or ())
+    heads = targets.TASK_HEADS if config.task_type in _HEAD_TASKS else ()
+    paths = [path for path, _ in targets.named_modules(model) if path]
+    for name in wanted:
+        if not any(targets.matches(path, [name]) for path in paths):
+            ends = {path.split(".")[-1] for path in paths}
+            raise TargetError(f"modules_to_save: no module is called {name!r}{near(name, ends)}")
+    chosen = [path for path in paths if targets.matches(path, [*wanted, *heads])]
+    for name, _ in model.named_parameters():
+        original = targets.original_path(name)
+        if any(original.startswith(path + ".") for path in chosen):
+            yield original
+
+
+def _wrapper(model: nn.Module, path: str) -> AdaptedModule:
+    module = model.get_submodule(path)
+    if isinstance(module, AdaptedModule):
+        return module
+    wrapper = AdaptedModule(module, path)
+    _replace(model, module, wrapper)
+    return wrapper
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` stands, in every parent that holds it."""
+    for parent in list(model.modules()):
+        if parent is new or parent is old:
+            continue
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = new
+
+
+def _tap(model: nn.Module, attachment: Attachment, path: str, adapter: LayerAdapter) -> None:
+    key = path.replace(".", "/")
+    if key not in attachment.taps:
+        attachment.taps[key] = InputTap()
+        module = model.get_submodule(path)
+        attachment.tap_handles[key] = module.register_forward_pre_hook(attachment.taps[key].hook)  # type: ignore[arg-type]
+    adapter.tap = attachment.taps[key]
+
+
+def _check_way_back(attachment: Attachment, names: tuple[str, ...]) -> None:
+    for name in names:
+        if name in attachment.selections and not attachment.selections[name].keep_original:
+            raise AdapterError(f"adapter {name!r} trains the backbone in place (keep_original=False): there is no way back")
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    attachment = state(model)
+    if not isinstance(name, str) or not name or "." in name:
+        raise AdapterError(f"adapter name {name!r}: want a non-empty string without a dot")
+    if attachment is not None and name in attachment.configs:
+        raise AdapterError(f"an adapter {name!r} is attached already: detach it first, or choose another name")
+    if attachment is not None and attachment.merged:
+        raise AdapterError(f"adapters {list(attachment.merged)} are merged: unmerge before attaching another")
+
+
+def _state(model: nn.Module) -> Attachment:
+    attachment = state(model)
+    if attachment is None:
+        raise AdapterError(f"nothing is attached to this {type(model).__name__}: attach or load an adapter first")
+    return attachment
+
+
+def _known(model: nn.Module, name: str) -> Attachment:
+    attachment = _state(model)
+    if name not in attachment.configs:
+        have = ", ".join(attachment.configs)
+        raise AdapterError(f"no adapter {name!r}{near(name, attachment.configs)} is attached (attached: {have})")
+    return attachment

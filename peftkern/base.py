@@ -1,0 +1,111 @@
+"""What differs between nn.Linear, Conv1D, nn.Embedding and quantised linears: once, here.
+
+Every kind is seen as a linear map with `weight` [N, K]: an embedding maps one-hot rows of K = vocabulary to N = width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peftkern.errors import MergeError, TargetError
+
+
+class BaseLayer:
+    """The frozen module under an adapter. Calling it runs the module with all its hooks."""
+
+    def __init__(self, module: nn.Module, path: str = "") -> None:
+        if not is_supported(module):
+            raise TargetError(
+                f"{path or 'module'} is a {type(module).__name__}: want nn.Linear, Conv1D or nn.Embedding, or a subclass"
+            )
+        self.module = module
+        self.path = path
+        self.is_embedding = isinstance(module, nn.Embedding)
+        self._transposed = self.is_embedding or isinstance(module, Conv1D)
+        self._plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self.module(x)
+        return out
+
+    @property
+    def in_features(self) -> int:
+        """K: input width, or vocabulary size of an embedding."""
+        if isinstance(self.module, nn.Linear):
+            return self.module.in_features
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """N: output width."""
+        if isinstance(self.module, nn.Linear):
+            return self.module.out_features
+        return self.weight.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, K], a view of the module's weight."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight.T if self._transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[N] or None."""
+        bias: Tensor | None = getattr(self.module, "bias", None)
+        return bias
+
+    @property
+    def embed_scale(self) -> float | Tensor:
+        """Factor that the embedding applies to its rows (Gemma), 1.0 elsewhere."""
+        scale: float | Tensor = getattr(self.module, "embed_scale", 1.0)
+        return scale
+
+    @property
+    def linear(self) -> tuple[Tensor, Tensor | None] | None:
+        """(weight [N, K], bias) for fused ops, or None where going round the module would skip its hooks or its code."""
+        module = self.module
+        if (
+            not self._plain
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
+            return None
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if not weight.is_floating_point():
+            return None
+        return (weight.T if self._transposed else weight), module.bias  # type: ignore[return-value]
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The parameters that a merge replaces, by attribute name."""
+        return {key: p for key in ("weight", "bias") if isinstance(p := getattr(self.module, key, None), nn.Parameter)}
+
+    def with_weights(self, weight: Tensor, bias: Tensor | None) -> dict[str, nn.Parameter]:
+        """Parameters of the module's own layout and dtype that hold `weight` [N, K] and `bias` [N]."""
+        old = self.weights()
+        if bias is not None and "bias" not in old:
+            raise MergeError(f"{self.path}: the adapter has a bias and the base layer has none to merge it into")
+        laid_out = (weight.T if self._transposed else weight).to(old["weight"].dtype).contiguous()
+        new = {"weight": nn.Parameter(laid_out, requires_grad=False)}
+        if bias is not None:
+            new["bias"] = nn.Parameter(bias.to(old["bias"].dtype), requires_grad=False)
+        return new
+
+    def check_mergeable(self) -> None:
+        """Raise MergeError for a weight that is quantised or on the meta device."""
+        weight = self.module.weight
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
+            raise MergeError(f"{self.path}: weight of {type(self.module).__name__} is not a plain floating-point tensor")
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether adapters can sit on this module."""
+    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
+
+
+def adapter_dtype(base: torch.dtype) -> torch.dtype:
+    """Adapters over a half-precision backbone are kept in f32; otherwise in the backbone's own dtype."""
+    return torch.float32 if base in (torch.float16, torch.bfloat16) or not base.is_floating_point else base

@@ -1,0 +1,208 @@
+"""Adapters on disk: `adapter_config.json` and `adapter_model.safetensors`, as Hugging Face PEFT writes and reads them.
+
+Everything is checked before the model changes, and files are replaced atomically.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from peftkern import registry
+from peftkern.adapter import AdapterConfig
+from peftkern.attach import Plan, _known
+from peftkern.errors import CheckpointError, UnknownMethodError
+
+M = TypeVar("M", bound=nn.Module)
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def save(model: nn.Module, directory: str | Path, name: str = "default") -> Path:
+    """Write one adapter to a directory and return it.
+
+    Both files are written beside the old ones and then renamed, so that a full disk or a kill leaves the old checkpoint
+    readable. Raises AdapterError for an unknown name, CheckpointError when the directory cannot be written.
+    """
+    attachment = _known(model, name)
+    config = attachment.configs[name]
+    tensors = {
+        _file_key(key): parameter.detach().cpu().contiguous().clone()
+        for key, parameter in attachment.parameters_of(model, name).items()
+    }
+    where = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    described = replace(config, inference_mode=True, base_model_name_or_path=config.base_model_name_or_path or where)
+    return write(directory, described, tensors)
+
+
+def write(directory: str | Path, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Path:
+    """Write configuration and tensors (by their names in the file) atomically."""
+    directory = Path(directory)
+    method = registry.by_config(config)
+    info = registry.methods()[method.name]
+    peft_type = config.peft_type or method.name.upper()
+    own = {"method": method.name, "distribution": info.distribution, "version": _version()}
+    values = {"peft_type": peft_type, **config.to_dict()} | ({} if config.peft_type else {"peftkern": own})
+    text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        data = serialise(dict(tensors), metadata={"format": "pt"})
+        with _replacing(directory / WEIGHTS_FILE, data) as put_weights, _replacing(
+            directory / CONFIG_FILE, text.encode()
+        ) as put_config:
+            put_weights()
+            put_config()
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {directory}: {error}; what was there before is intact") from error
+    return directory
+
+
+def load(
+    model: M,
+    directory_or_hub_id: str | Path,
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    revision: str | None = None,
+) -> M:
+    """Attach a saved adapter and return the model; `trainable` lets it train on.
+
+    Raises CheckpointError, naming tensor and shapes, for files that are missing, truncated or made for another
+    backbone, UnknownMethodError for a method that is not installed; the model is then exactly as it was.
+    """
+    directory = find(directory_or_hub_id, revision)
+    config = read_config(directory)
+    tensors = read_tensors(directory)
+    plan = Plan(model, replace(config, inference_mode=not trainable), name)
+    wanted = {_file_key(key): parameter for key, parameter in plan.parameters().items()}
+    _check_fit(directory, tensors, wanted, model)
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(tensors[key])
+    plan.commit(trainable)
+    return model
+
+
+def read_config(directory: str | Path) -> AdapterConfig:
+    """The configuration in a checkpoint directory; an option that is not implemented is an error, never ignored."""
+    path = Path(directory) / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist: want a directory with {CONFIG_FILE}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
+        raise CheckpointError(f"{path} names no peft_type: it is not an adapter's configuration")
+    own = values.get("peftkern") or {}
+    method = registry.by_peft_type(values["peft_type"])
+    if method is None:
+        distribution = own.get("distribution")
+        hint = f"pip install {distribution}" if distribution else "no distribution is known to provide it"
+        raise UnknownMethodError(f"{path}: method {own.get('method', values['peft_type'])!r} is not installed: {hint}")
+    return method.Config.from_dict(values)
+
+
+def read_tensors(directory: str | Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint directory, on the CPU."""
+    path = Path(directory) / WEIGHTS_FILE
+    if not path.is_file():
+        pickled = (path.parent / "adapter_model.bin").is_file()
+        hint = "; adapter_model.bin is a pickle, which is never loaded: save it as safetensors" if pickled else ""
+        raise CheckpointError(f"{path} does not exist{hint}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+def find(directory_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """A local directory as it is, else a snapshot of a hub repository's adapter files."""
+    directory = Path(directory_or_hub_id)
+    if directory.is_dir():
+        return directory
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = [CONFIG_FILE, WEIGHTS_FILE]
+        return Path(snapshot_download(str(directory_or_hub_id), revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        raise CheckpointError(
+            f"{directory_or_hub_id} is no directory, and as a hub repository it cannot be had: {error}"
+        ) from error
+
+
+class _replacing:
+    """Writes data beside `path` on entry; calling the result renames it into place."""
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        self.path, self.data = path, data
+        self.temporary: Path | None = None
+
+    def __enter__(self) -> Callable[[], None]:
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        self.temporary = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(self.data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            self.temporary.unlink(missing_ok=True)
+            raise
+        self.temporary.chmod(0o666 & ~_umask())
+        return self._rename
+
+    def _rename(self) -> None:
+        if self.temporary is not None:
+            self.temporary.replace(self.path)
+            self.temporary = None
+
+    def __exit__(self, *_: object) -> None:
+        if self.temporary is not None:
+            self.temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _file_key(key: str) -> str:
+    """Prompt tensors stand at the top level of a file, all others under the path of the wrapped model."""
+    return PREFIX + key if "." in key else key
+
+
+def _check_fit(directory: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: nn.Module) -> None:
+    path = directory / WEIGHTS_FILE
+    where = f"{path} does not fit this {type(model).__name__}"
+    for key, parameter in wanted.items():
+        if key not in found:
+            raise CheckpointError(f"{where}: tensor {key} {tuple(parameter.shape)} is missing")
+        if found[key].shape != parameter.shape:
+            raise CheckpointError(
+                f"{where}: tensor {key} is {tuple(found[key].shape)}, wanted {tuple(parameter.shape)}"
+            )
+    if extra := sorted(set(found) - set(wanted)):
+        raise CheckpointError(f"{where}: {len(extra)} tensors have no place in it, the first is {extra[0]}")
+
+
+def _version() -> str:
+    try:
+        return version("peftkern")
+    except PackageNotFoundError:
+        return "checkout"
+

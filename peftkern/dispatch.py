@@ -1,0 +1,169 @@
+"""Which backend runs an op, and why each other one does not.
+
+A backend of an op is an object with `forward` and `backward`, found by name and never listed anywhere:
+`cuda` and `cpu` are libraries that register `torch.ops.peftkern_<backend>.<op>_forward`, `triton` is the module
+`peftkern.kernels.<op>`, `reference` is the plain PyTorch function of the op's own file.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftkern.errors import BackendError, near
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_forced: str | None = os.environ.get("PEFTKERN_BACKEND") or None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Two functions over 2-D views; their arguments are fixed by the op's file."""
+
+    name: str
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    refuse: Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend that runs, and for every other one the reason why it does not."""
+
+    op: str
+    backend: str
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend}"]
+        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.refused.items()])
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for every op of this process inside the block; one that cannot run raises BackendError.
+
+    The environment variable PEFTKERN_BACKEND does the same for the whole process.
+    """
+    global _forced
+    previous, _forced = _forced, _known(name)
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, **dims: int) -> str:
+    """Name of the backend that runs `op` on tensors of this device and dtype; `dims` are the sizes it may judge by."""
+    if _forced is not None:
+        reason = _refusal(_known(_forced), op, device, dtype, **dims)
+        if reason is None:
+            return _forced
+        others = _explain(op, device, dtype, None, **dims)
+        raise BackendError(f"{op}: backend {_forced!r} was forced and cannot run: {reason}\nWithout force: {others}")
+    return next(name for name in ORDER if _refusal(name, op, device, dtype, **dims) is None)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend runs `op` on these arguments, and why each other one does not.
+
+    Raises ValueError for an unknown op, and when no argument is a floating-point tensor.
+    """
+    known = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "ops")]) if not m.name.startswith("_")]
+    if op not in known:
+        raise ValueError(f"unknown op {op!r}{near(op, known)}: want one of {', '.join(known)}")
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    if not tensors:
+        raise ValueError(f"explain({op!r}, ...): give the op's own arguments, among them a floating-point tensor")
+    return _explain(op, tensors[0].device, tensors[0].dtype, _forced)
+
+
+def _explain(op: str, device: torch.device, dtype: torch.dtype, forced: str | None, **dims: int) -> Explanation:
+    refused: dict[str, str] = {}
+    chosen = ""
+    for name in ORDER:
+        reason = _refusal(name, op, device, dtype, **dims)
+        if forced is not None and name != forced:
+            reason = reason or f"backend {forced!r} is forced"
+        if reason is None and chosen:
+            reason = f"{chosen} comes first"
+        if reason is None:
+            chosen = name
+        else:
+            refused[name] = reason
+    return Explanation(op, chosen or "none", refused)
+
+
+@functools.cache
+def load(name: str, op: str) -> Backend | str:
+    """Load one backend of one op, or return the reason why it is not there."""
+    if name == "triton":
+        return _load_triton(op)
+    library = load_library(name)
+    if isinstance(library, str):
+        return library
+    namespace = getattr(torch.ops, f"peftkern_{name}")
+    if not hasattr(namespace, f"{op}_forward"):
+        return f"no {name} kernel exists for {op}"
+    forward = getattr(namespace, f"{op}_forward").default
+    backward = getattr(namespace, f"{op}_backward").default
+    return Backend(name, forward, backward, lambda *_args, **_dims: None)
+
+
+@functools.cache
+def load_library(name: str) -> Path | str:
+    """Load the compiled library of `cpu` or `cuda` and return its path, or the reason why it cannot be loaded."""
+    if name == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    stem = {"cpu": "_C", "cuda": "_cuda"}[name]
+    found = sorted(Path(__file__).parent.glob(f"{stem}*.so")) + sorted(Path(__file__).parent.glob(f"{stem}*.pyd"))
+    if not found:
+        return f"the compiled extension peftkern/{stem} is not built; `peftkern doctor` says how to build it"
+    try:
+        if name == "cpu":
+            importlib.import_module("peftkern._C")
+        else:
+            torch.ops.load_library(str(found[0]))
+    except (ImportError, OSError) as error:
+        return f"{found[0].name} does not load with torch {torch.__version__}: {error}"
+    return found[0]
+
+
+def _load_triton(op: str) -> Backend | str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec(f"peftkern.kernels.{op}") is None:
+        return f"no triton kernel exists for {op}"
+    try:
+        module = importlib.import_module(f"peftkern.kernels.{op}")
+    except Exception as error:
+        return f"peftkern.kernels.{op} does not import: {error}"
+    return Backend("triton", module.forward, module.backward, module.refuse)
+
+
+def _refusal(name: str, op: str, device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
+    if name == "reference":
+        return None
+    if dtype not in _NATIVE_DTYPES:
+        return f"dtype {dtype}: want float32, bfloat16 or float16"
+    if name in ("cpu", "cuda") and device.type != name:
+        return f"tensor is on {device.type}"
+    backend = load(name, op)
+    return backend if isinstance(backend, str) else backend.refuse(device, dtype, **dims)
+
+
+def _known(name: str) -> str:
+    if name not in ORDER:
+        raise BackendError(f"unknown backend {name!r}{near(name, ORDER)}: want one of {', '.join(ORDER)}")
+    return name

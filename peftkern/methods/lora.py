@@ -1,0 +1,142 @@
+"""LoRA: a trained low-rank update beside each frozen linear map."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftkern import ops
+from peftkern.adapter import LayerAdapter, LayerConfig, kaiming_
+from peftkern.base import BaseLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(LayerConfig):
+    """Fields as Hugging Face PEFT's LoraConfig.
+
+    r: rank. lora_alpha: scale is alpha / r, or alpha / √r with use_rslora. lora_dropout: probability on A's input.
+    bias: "none", "all" or "lora_only", which of the backbone's own biases train. init_lora_weights: True (A Kaiming
+    uniform, B zero), "gaussian" (A normal with σ = 1/r) or False (both random: for tests). rank_pattern and
+    alpha_pattern: module name or regular expression -> value that replaces r or lora_alpha there. fan_in_fan_out is
+    read and written, but the layout is taken from the module itself.
+    """
+
+    peft_type: ClassVar[str | None] = "LORA"
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "use_dora": (False,), "lora_bias": (False,), "use_qalora": (False,), "qalora_group_size": (16,),
+        "target_parameters": (None, []), "layer_replication": (None, []), "trainable_token_indices": (None, []),
+        "ensure_weight_tying": (False,), "megatron_config": (None,), "megatron_core": ("megatron.core", None),
+        "loftq_config": (None, {}), "eva_config": (None,), "corda_config": (None,), "lora_ga_config": (None,),
+        "velora_config": (None,), "monteclora_config": (None,), "alora_invocation_tokens": (None, []),
+        "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,), "runtime_config": (None, {}),
+    }  # fmt: skip
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(isinstance(self.r, int) and self.r > 0, "r", "an integer > 0")
+        self.require(0.0 <= self.lora_dropout < 1.0, "lora_dropout", "0 <= p < 1")
+        self.require(self.lora_alpha > 0, "lora_alpha", "a number > 0")
+        self.one_of("bias", ("none", "all", "lora_only"))
+        self.require(self.init_lora_weights in (True, False, "gaussian"), "init_lora_weights", "True, False, 'gaussian'")
+        self.require(all(rank > 0 for rank in (self.rank_pattern or {}).values()), "rank_pattern", "ranks > 0")
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, getattr(self, name) or {})
+
+    def for_target(self, path: str) -> LoraConfig:
+        """With r and lora_alpha as the patterns have them for this module."""
+        r, alpha = _pattern(self.rank_pattern, path, self.r), _pattern(self.alpha_pattern, path, self.lora_alpha)
+        return replace(self, r=int(r), lora_alpha=alpha)
+
+
+class LoRA(LayerAdapter):
+    """y = base(x) + s · B (A · drop(x)), A [R, K], B [N, R], s = alpha / R (rsLoRA: alpha / √R).
+
+    Source: Hu et al. 2021 (arXiv:2106.09685), eq. 3; rsLoRA: Kalajdzievski 2023 (arXiv:2312.03732).
+    """
+
+    name = "lora"
+    summary = "low-rank update of linear, Conv1D and embedding layers"
+    paper = "https://arxiv.org/abs/2106.09685"
+    Config = LoraConfig
+
+    def __init__(self, base: BaseLayer, config: LoraConfig) -> None:
+        super().__init__(base, config)
+        n, k, r = base.out_features, base.in_features, config.r
+        weight = base.weight
+        self.a = nn.Parameter(weight.new_empty(r, k, dtype=_float(weight)))
+        self.b = nn.Parameter(weight.new_zeros(n, r, dtype=_float(weight)))
+        self.scale = config.lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.p = 0.0 if base.is_embedding else config.lora_dropout
+        self.is_embedding, self.embed_scale = base.is_embedding, base.embed_scale
+        self.keys = _EMBEDDING_KEYS if base.is_embedding else _LINEAR_KEYS  # type: ignore[misc]
+        self._initialise(config)
+
+    @classmethod
+    def select(cls, model: nn.Module, config: LoraConfig) -> list[str]:
+        """The backbone's own biases that train with it: all, or those of adapted modules."""
+        if config.bias == "none":
+            return []
+        biases = [name for name, _ in model.named_parameters() if name.split(".")[-1] == "bias"]
+        paths = {site.path for site in cls.sites(model, config)}
+        names = [name.replace(".base_layer", "") for name in biases if "_peftkern" not in name]
+        return [name for name in names if config.bias == "all" or name.rpartition(".")[0] in paths]
+
+    def forward(self, base: BaseLayer, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Fused with the base's own product where that is a plain linear map, onto its output elsewhere."""
+        if self.is_embedding:
+            y = base(x)
+            hidden = F.embedding(x, self.a.T)
+            return y + (self.scale * self.embed_scale * (hidden @ self.b.T)).to(y.dtype)
+        p = self.p if self.training else 0.0
+        linear = base.linear
+        if linear is None:
+            return ops.low_rank(x, self.a, self.b, scale=self.scale, base_out=base(x), p=p)
+        weight, bias = linear
+        return ops.low_rank(x, self.a, self.b, scale=self.scale, weight=weight, bias=bias, p=p)
+
+    def delta_weight(self) -> Tensor:
+        """s · B A, [N, K]."""
+        return self.scale * (self.b.float() @ self.a.float())
+
+    def _initialise(self, config: LoraConfig) -> None:
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(self.b if self.is_embedding else self.a, std=1 / config.r)
+        elif self.is_embedding:
+            nn.init.normal_(self.b)
+        else:
+            kaiming_(self.a)
+        if self.is_embedding:
+            nn.init.zeros_(self.a)
+        if config.init_lora_weights is False:
+            nn.init.normal_(self.a if self.is_embedding else self.b, std=1 / config.r)
+
+
+_LINEAR_KEYS = {"a": "lora_A.weight", "b": "lora_B.weight"}
+_EMBEDDING_KEYS = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
+
+
+def _pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
+    """Value of the first pattern that is the end of the path, at a dot; else the default."""
+    return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)), default)
+
+
+def _float(weight: Tensor) -> Any:
+    from peftkern.base import adapter_dtype
+
+    return adapter_dtype(weight.dtype)

@@ -1,0 +1,61 @@
+"""Counter-based dropout: the mask is a pure function of (seed, row, column), so that nothing is saved for backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+_LOW = 0xFFFFFFFF
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """Draw a seed, int64 [1] on `device`, from torch's own generator: checkpointing and `manual_seed` replay it."""
+    return torch.empty(1, dtype=torch.int64, device=device).random_()
+
+
+def threshold(p: float) -> int:
+    """Hashes below this 32-bit value are dropped."""
+    return min(int(p * 2**32), 2**32 - 1)
+
+
+def keep_mask(seed: Tensor, rows: int, columns: int) -> Tensor:
+    """32-bit hash of every element of a [rows, columns] matrix, as int64.
+
+    Row keys are splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators") of seed and row;
+    columns go through a keyed two-round 32-bit finaliser (constants from C. Wellons' hash-prospector).
+    The element is kept where the hash is >= `threshold(p)`.
+    """
+    z = seed.reshape(1) + (torch.arange(rows, device=seed.device) + 1) * _GOLDEN
+    z = (z ^ _shift(z, 30)) * _MIX_1
+    z = (z ^ _shift(z, 27)) * _MIX_2
+    z = z ^ _shift(z, 31)
+    k1, k2 = (z & _LOW)[:, None], _shift(z, 32)[:, None]
+    x = (torch.arange(columns, device=seed.device) & _LOW) ^ k1
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD & _LOW) ^ k2
+    x = (x ^ (x >> 15)) * 0xD35A2D97 & _LOW
+    return x ^ (x >> 15)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Zero each element of x [..., C] with probability p and scale the rest by 1 / (1 - p).
+
+    Rows are the flattened leading dimensions. The same seed gives the same mask on every backend and device.
+    `seed` int64 [1] on x's device, or None when p is 0. Raises ValueError for p outside [0, 1).
+    Source: Srivastava et al. 2014, "Dropout".
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout probability {p}: want 0 <= p < 1")
+    if p == 0.0 or seed is None:
+        return x
+    columns = x.shape[-1]
+    rows = x.numel() // columns if columns else 0
+    keep = keep_mask(seed, rows, columns) >= threshold(p)
+    return torch.where(keep.view(x.shape), x * (1.0 / (1.0 - p)), torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 seen as unsigned."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

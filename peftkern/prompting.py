@@ -1,0 +1,158 @@
+"""Prompt rows in front of a model's input: hooks on the backbone, so that the model keeps its class and its methods."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkern import ops
+from peftkern.adapter import PromptAdapter, PromptSite
+from peftkern.errors import TargetError
+from peftkern.ops.prompt_concat import IGNORED, source_index
+
+
+def site(model: nn.Module) -> PromptSite:
+    """Token width, embedding and config of a model; TargetError when it has no token embedding or is encoder-decoder."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = getattr(embedding, "base_layer", embedding)
+    if not isinstance(embedding, nn.Embedding):
+        raise TargetError(f"{type(model).__name__} has no token embedding (nn.Embedding) to put a prompt beside")
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise TargetError(f"{type(model).__name__} is an encoder-decoder: prompts in front of its input are not supported")
+    return PromptSite(embedding.embedding_dim, embedding, config)
+
+
+class PromptHooks(nn.Module):
+    """Prepends the active prompts on the way into the backbone, and takes their rows off an encoder's output.
+
+    A causal language model keeps the prompt rows in its logits, with labels -100 there, as Hugging Face PEFT does.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        backbone = getattr(model, "base_model", model)
+        self.__dict__["model"] = model
+        self.__dict__["backbone"] = backbone if isinstance(backbone, nn.Module) else model
+        self.prompts = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.keeps_rows = bool(getattr(model, "can_generate", lambda: False)())
+        self._mask: Tensor | None = None
+        self._handles = [
+            self.backbone.register_forward_pre_hook(self.enter, with_kwargs=True),
+            self.backbone.register_forward_hook(self.leave, with_kwargs=True),
+        ]
+        if model is not self.backbone:
+            self._handles.append(model.register_forward_pre_hook(self.extend_labels, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def prompt(self) -> Tensor:
+        """[T, H] rows of all active prompts, in the order of activation."""
+        return torch.cat([self._adapter(name).prompt() for name in self.active])
+
+    def _adapter(self, name: str) -> PromptAdapter:
+        return self.prompts[name]  # type: ignore[return-value]
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Replace ids or embeddings by prompted embeddings, and extend mask, positions and token types."""
+        if not self.active:
+            return None
+        values = _bind(module, args, kwargs)
+        prompt = self.prompt()
+        past = values.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0:
+            return (), self._continue(values, prompt.shape[0])
+        ids, embeds = values.get("input_ids"), values.get("inputs_embeds")
+        tokens = ids if embeds is None else embeds[..., 0]
+        if tokens is None:
+            raise ValueError("a prompted model wants input_ids or inputs_embeds")
+        mask = values.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(f"attention_mask {tuple(mask.shape)}: a prompted model wants [batch, length]")
+        self._check_length(tokens.shape[1] + prompt.shape[0])
+        prompted = self._concat(prompt, ids, embeds, mask)
+        values.update(input_ids=None, inputs_embeds=prompted.embeds, attention_mask=prompted.mask)
+        self._mask = None if self.keeps_rows else (torch.ones_like(tokens) if mask is None else mask).to(torch.int64)
+        if values.get("position_ids") is not None:
+            values["position_ids"] = prompted.positions
+        if values.get("token_type_ids") is not None:
+            index = source_index(torch.ones_like(tokens, dtype=torch.int64) if mask is None else mask, len(prompt))
+            types = values["token_type_ids"].expand_as(tokens).gather(1, index.clamp(0))
+            values["token_type_ids"] = types.masked_fill(index < 0, 0)
+        values.pop("cache_position", None)
+        return (), values
+
+    def leave(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+        """Gather the rows of the text out of an encoder's sequence outputs."""
+        mask, self._mask = self._mask, None
+        if not self.active or mask is None:
+            return output
+        length = mask.shape[1] + self.prompt_length()
+        index = source_index(mask, self.prompt_length())
+        position = torch.arange(length, device=mask.device).expand_as(index)
+        order = position.masked_fill(index < 0, length).sort(1).values[:, : mask.shape[1]]
+
+        def strip(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == length:
+                return value.gather(1, order[..., None].expand(-1, -1, value.shape[2]))
+            return tuple(map(strip, value)) if isinstance(value, tuple) and not hasattr(value, "_fields") else value
+
+        if isinstance(output, dict):
+            for key in list(output.keys()):
+                if key != "attentions" and key != "past_key_values":
+                    output[key] = strip(output[key])
+            return output
+        return strip(output)
+
+    def extend_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give the rows of the prompt the label -100, for models that keep them in their logits."""
+        if not (self.active and self.keeps_rows) or kwargs.get("labels") is None:
+            return None
+        labels, mask = kwargs["labels"], kwargs.get("attention_mask")
+        index = source_index(torch.ones_like(labels) if mask is None else mask, self.prompt_length())
+        return args, kwargs | {"labels": labels.gather(1, index.clamp(0)).masked_fill(index < 0, IGNORED)}
+
+    def prompt_length(self) -> int:
+        """T over all active prompts."""
+        return sum(self._adapter(name).prompt().shape[0] for name in self.active)
+
+    def _concat(self, prompt: Tensor, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None) -> ops.Prompted:
+        embedding = self.model.get_input_embeddings()
+        if embeds is None and type(embedding) is nn.Embedding and not embedding._forward_hooks:
+            return ops.prompt_concat(prompt, ids=ids, table=embedding.weight, mask=mask)
+        return ops.prompt_concat(prompt, embeds=embedding(ids) if embeds is None else embeds, mask=mask)
+
+    def _continue(self, values: dict[str, Any], length: int) -> dict[str, Any]:
+        """One decoding step: the cache already holds the prompt, the caller's mask and positions do not."""
+        mask, positions = values.get("attention_mask"), values.get("position_ids")
+        if mask is not None:
+            index = source_index(mask, length)
+            values["attention_mask"] = mask.gather(1, index.clamp(0)).masked_fill(index < 0, 1)
+        if positions is not None:
+            values["position_ids"] = positions + length
+        values.pop("cache_position", None)
+        return values
+
+    def _check_length(self, length: int) -> None:
+        limit = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        learned = any("position_embeddings" in name or name.endswith("wpe") for name, _ in self.backbone.named_modules())
+        if limit is not None and learned and length > limit:
+            raise ValueError(
+                f"prompt and text together are {length} tokens, and the backbone has {limit} positions: "
+                f"shorten the text by {length - limit} tokens or use fewer virtual tokens"
+            )
+
+
+def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name."""
+    if not args:
+        return dict(kwargs)
+    parameters = list(inspect.signature(module.forward).parameters)
+    return dict(zip(parameters, args, strict=False)) | kwargs

@@ -1,0 +1,66 @@
+"""Parameters of the model itself that an adapter trains: heads, biases, modules_to_save, everything.
+
+Each is trained on a copy that takes the original's place while its adapter is active, so that switching, disabling and
+detaching give back the untouched backbone to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from peftkern import targets
+
+Place = tuple[nn.Module, str]
+
+
+class SelectedParameters(nn.Module):
+    """The trained copies of one adapter. `spare` holds whichever half, trained or original, is out of the model.
+
+    With `keep_original=False` the originals themselves train: nothing is copied, and there is no way back.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str], keep_original: bool = True) -> None:
+        super().__init__()
+        wanted = set(names)
+        groups: dict[int, list[Place]] = {}
+        paths: dict[int, str] = {}
+        parameters: dict[int, nn.Parameter] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            original = targets.original_path(name)
+            if original in wanted:
+                path, _, attribute = name.rpartition(".")
+                groups.setdefault(id(parameter), []).append((model.get_submodule(path), attribute))
+                paths.setdefault(id(parameter), original)
+                parameters[id(parameter)] = parameter
+        self.places = list(groups.values())
+        self.names = list(paths.values())
+        copies = [nn.Parameter(p.detach().clone()) for p in parameters.values()] if keep_original else []
+        self.spare = nn.ParameterList(copies)
+        self.keep_original = keep_original
+        self.active = False
+
+    def swap(self) -> None:
+        """Exchange the spare half with the one in the model."""
+        for index, places in enumerate(self.places if self.keep_original else ()):
+            incoming, outgoing = self.spare[index], getattr(*places[0])
+            for module, attribute in places:
+                setattr(module, attribute, incoming)
+            self.spare[index] = outgoing
+        self.active = not self.active
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Original name -> the copy that trains, wherever it is now."""
+        if self.keep_original and not self.active:
+            return dict(zip(self.names, self.spare, strict=True))
+        return {name: getattr(*places[0]) for name, places in zip(self.names, self.places, strict=True)}
+
+    def overlaps(self, other: SelectedParameters) -> list[str]:
+        """Names that both select."""
+        mine = {(id(module), attribute) for places in self.places for module, attribute in places}
+        return [
+            name
+            for name, places in zip(other.names, other.places, strict=True)
+            if any((id(module), attribute) in mine for module, attribute in places)
+        ]

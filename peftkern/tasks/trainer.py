@@ -1,0 +1,178 @@
+"""`transformers.Trainer` with checkpoints that hold only what trains, and with the loss of prompt-based tuning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback
+
+import peftkern as pk
+from peftkern.tasks.encode import Encoded
+from peftkern.tasks.metrics import METRICS
+from peftkern.tasks.objective import PromptObjective
+from peftkern.tasks.settings import OPTIMIZERS, TrainSettings
+from peftkern.tasks.task import Task
+
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+
+
+class AdapterTrainer(Trainer):
+    """The Trainer, but a checkpoint is what `pk.save` writes: adapter and trained modules, no frozen weight.
+
+    Resuming and restoring the best checkpoint put those weights into the model that is there. `objective`, if given,
+    makes loss and scores in place of the model's own.
+    """
+
+    def __init__(self, *args: Any, objective: PromptObjective | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective = objective
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's loss where there is one; scaled over accumulated batches exactly when the model's would be."""
+        if self.objective is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        count = num_items_in_batch if self.model_accepts_loss_kwargs else None
+        loss, scores = self.objective(model, inputs, count, train=not return_outputs)
+        return (loss, {"loss": loss, "logits": scores}) if return_outputs else loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter; there is no other format."""
+        if self.args.should_save:
+            pk.save(self.model, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        restore(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        restore(self.model, Path(self.state.best_model_checkpoint))
+
+
+class StepClock(TrainerCallback):
+    """Seconds spent in training steps (forward, backward, optimizer), evaluation and saving left out."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps = 0
+        self._start = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start."""
+        self._start = _now()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop."""
+        self.seconds += _now() - self._start
+        self.steps += 1
+
+
+def restore(model: nn.Module, checkpoint: Path) -> None:
+    """Give the adapter that is attached the weights saved in `checkpoint`."""
+    pk.detach(model)
+    pk.load(model, checkpoint, trainable=True)
+
+
+def make_trainer(
+    settings: TrainSettings, task: Task, model: Any, train: Encoded | None, dev: Encoded, folder: Path
+) -> tuple[AdapterTrainer, StepClock]:
+    """The Trainer for one run (or, without `train`, for evaluation only) and the clock of its steps."""
+    clock = StepClock()
+    callbacks: list[TrainerCallback] = [clock]
+    if train is not None and settings.patience:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
+    if train is not None and "tensorboard" in settings.report_to:
+        from torch.utils.tensorboard import SummaryWriter
+
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(folder / TENSORBOARD))))
+    trainer = AdapterTrainer(
+        model=model,
+        args=arguments(settings, folder, training=train is not None),
+        data_collator=task.collator,
+        train_dataset=train.rows if train is not None else None,
+        eval_dataset=dev.rows,
+        processing_class=task.tokenizer,
+        compute_metrics=task.scorer(dev),
+        preprocess_logits_for_metrics=best_class,
+        callbacks=callbacks,
+        objective=task.objective,
+    )
+    return trainer, clock
+
+
+def arguments(settings: TrainSettings, folder: Path, training: bool = True) -> TrainingArguments:
+    """The settings in the words of transformers."""
+    strategy = ("steps" if settings.eval_steps else "epoch") if training else "no"
+    return TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup if settings.warmup < 1 else int(settings.warmup),
+        optim=OPTIMIZERS[settings.optimizer],
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        use_cpu=not torch.cuda.is_available(),
+        seed=settings.seed,
+        data_seed=settings.seed,  # the order of batches depends on nothing but the seed, so methods see the same ones
+        eval_strategy=strategy,
+        save_strategy=strategy,
+        eval_steps=settings.eval_steps or None,
+        save_steps=settings.eval_steps or 500,
+        save_total_limit=1,
+        load_best_model_at_end=training,
+        metric_for_best_model=settings.metric or METRICS[settings.task][0],
+        greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,
+        logging_strategy="steps",
+        logging_steps=0.02,
+        disable_tqdm=not settings.progress,
+        report_to=[tracker for tracker in settings.report_to if tracker != "tensorboard"] if training else [],
+        run_name=folder.name,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None; the Trainer's state is what is written last."""
+    found = [path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def best_class(logits: Tensor | Sequence[Tensor], _labels: Tensor) -> Tensor:
+    """Logits [..., C] to class numbers, on the device, so that evaluation never gathers logits."""
+    scores = logits if isinstance(logits, Tensor) else logits[0]
+    return scores.argmax(-1)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,202 @@
+"""Builds the compiled parts; everything else about the package stands in pyproject.toml.
+
+peftkern._C     csrc/module.cpp and csrc/cpu/*.cpp. Needs a C++20 compiler, torch and pybind11. Optional: where it cannot be
+                built the package installs as pure Python and says so.
+peftkern._cuda  csrc/cuda/*.cu, a library without a Python module. Built where torch is a CUDA build and nvcc exists;
+                PEFTKERN_BUILD_CUDA=1 or 0 decides otherwise.
+
+`python setup.py build_cuda` only compiles csrc/cuda/*.cu with nvcc, for every architecture, against any torch: a check that
+needs no GPU and links nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from setuptools import Command, Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+# The oldest torch whose stable ABI the sources use: 2.10.
+TARGET_VERSION = "0x020a000000000000"
+CPU_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+CPU_FLAGS += ["-fno-trapping-math", "-Wno-psabi"]
+CUDA_ARCHITECTURES = ("80", "90", "100")
+
+
+def say(message: str) -> None:
+    print(f"peftkern: {message}", file=sys.stderr, flush=True)
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+def torch_root() -> Path | None:
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+def git_revision() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home and (Path(home) / "bin" / "nvcc").exists():
+        return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def nvcc_command(nvcc: str, torch: Path) -> list[str]:
+    """The compile command up to the source: cubins for each architecture that this nvcc knows, PTX of the last."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, check=True, text=True).stdout.split()
+    known = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in listed]
+    codes = [flag for arch in known for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+    codes += ["-gencode", f"arch=compute_{known[-1]},code=compute_{known[-1]}"]
+    includes = ["-isystem", str(torch / "include"), "-isystem", str(Path(nvcc).resolve().parents[1] / "include")]
+    defines = ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+    return [nvcc, "-c", "-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", *defines, *includes, *codes]
+
+
+def up_to_date(target: Path, needed: list[str]) -> bool:
+    return target.exists() and all((ROOT / path).stat().st_mtime <= target.stat().st_mtime for path in needed)
+
+
+class BuildExt(build_ext):
+    """Compiles the files of one extension in parallel, and .cu files with nvcc."""
+
+    def run(self) -> None:
+        super().run()
+        for ext in self.extensions:
+            if not Path(self.get_ext_fullpath(ext.name)).exists():
+                say(f"{ext.name} was not built (see above); the package works without it, more slowly")
+
+    def build_extension(self, ext: Extension) -> None:
+        if not (self.force or not up_to_date(Path(self.get_ext_fullpath(ext.name)), ext.depends)):
+            return
+        say(f"building {ext.name}: {len(ext.sources)} files")
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            ext.extra_objects = list(pool.map(lambda source: self.compile_one(ext, source), ext.sources))
+        ext.sources = []
+        super().build_extension(ext)
+
+    def compile_one(self, ext: Extension, source: str) -> str:
+        target = Path(self.build_temp) / Path(source).with_suffix(".o")
+        # A header may be anywhere in csrc/, so every object depends on all of them.
+        headers = [path for path in ext.depends if not path.endswith((".cpp", ".cu"))]
+        if not self.force and up_to_date(target, [source, *headers, "setup.py"]):
+            return str(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.endswith(".cu"):
+            self.compiler.spawn([*self.nvcc_for(ext), source, "-o", str(target)])
+            return str(target)
+        return str(
+            self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                macros=ext.define_macros,
+                include_dirs=ext.include_dirs,
+                extra_postargs=ext.extra_compile_args,
+                depends=ext.depends,
+            )[0]
+        )
+
+    def nvcc_for(self, ext: Extension) -> list[str]:
+        return list(ext.extra_compile_args)
+
+
+class BuildCuda(Command):
+    """Compile csrc/cuda/*.cu with nvcc without linking: no GPU and no CUDA build of torch needed."""
+
+    description = "compile the CUDA sources for every architecture, as a check"
+    user_options: list[Any] = []  # noqa: RUF012 - setuptools reads this class attribute
+
+    def initialize_options(self) -> None:
+        """Nothing to set."""
+
+    def finalize_options(self) -> None:
+        """Nothing to derive."""
+
+    def run(self) -> None:
+        nvcc, torch = find_nvcc(), torch_root()
+        if nvcc is None or torch is None:
+            raise SystemExit(f"build_cuda: {'nvcc' if nvcc is None else 'torch'} not found; both are needed to compile csrc/cuda")
+        out = ROOT / "build" / "cuda"
+        out.mkdir(parents=True, exist_ok=True)
+        command = [*nvcc_command(nvcc, torch), "-Xptxas", "-v"]
+        for source in sources("csrc/cuda/*.cu"):
+            say(f"compiling {source} for {', '.join(part for part in command if part.startswith('arch='))}")
+            subprocess.run([*command, source, "-o", str(out / (Path(source).stem + ".o"))], check=True, cwd=ROOT)
+
+
+def cpu_extension(torch: Path) -> Extension | None:
+    if importlib.util.find_spec("pybind11") is None:
+        say("pybind11 is missing, so the CPU kernels are not compiled; pip install pybind11, then build again")
+        return None
+    import pybind11
+    from torch import __version__ as torch_version
+
+    texts = {
+        "PEFTKERN_BUILD_FLAGS": " ".join(CPU_FLAGS),
+        "PEFTKERN_GIT_REVISION": git_revision(),
+        "PEFTKERN_TORCH_VERSION": str(torch_version),
+    }
+    files = ["csrc/module.cpp", *sources("csrc/cpu/*.cpp")]
+    return Extension(
+        "peftkern._C",
+        files,
+        include_dirs=["csrc", pybind11.get_include()],
+        define_macros=[("TORCH_TARGET_VERSION", TARGET_VERSION), *((k, f'"{v}"') for k, v in texts.items())],
+        extra_compile_args=[*CPU_FLAGS, "-isystem", str(torch / "include")],
+        library_dirs=[str(torch / "lib")],
+        libraries=["torch_cpu", "c10"],
+        depends=[*files, *sources("csrc/cpu/*.h")],
+        language="c++",
+        optional=True,
+    )
+
+
+def cuda_extension(torch: Path) -> Extension | None:
+    from torch.version import cuda
+
+    wanted = os.environ.get("PEFTKERN_BUILD_CUDA", "1" if cuda else "0") == "1"
+    files, nvcc = sources("csrc/cuda/*.cu"), find_nvcc()
+    if not wanted or not files:
+        return None
+    if nvcc is None:
+        say("nvcc is missing, so the CUDA kernels are not compiled; Triton kernels serve the GPU")
+        return None
+    home = Path(nvcc).resolve().parents[1]
+    return Extension(
+        "peftkern._cuda",
+        files,
+        extra_compile_args=nvcc_command(nvcc, torch),
+        library_dirs=[str(torch / "lib"), str(home / "lib64"), str(home / "lib")],
+        libraries=["torch", "torch_cpu", "torch_cuda", "c10", "cudart"] if cuda else ["torch_cpu", "c10", "cudart"],
+        depends=[*files, *sources("csrc/cuda/*.cuh")],
+        language="c++",
+        optional=True,
+    )
+
+
+def extensions() -> list[Extension]:
+    torch = torch_root()
+    if torch is None:
+        say("torch is not installed, so nothing is compiled; install torch, then build with --no-build-isolation")
+        return []
+    return [ext for ext in (cpu_extension(torch), cuda_extension(torch)) if ext is not None]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt, "build_cuda": BuildCuda})
