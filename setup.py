@@ -1,12 +1,12 @@
 """Builds the compiled parts; everything else about the package stands in pyproject.toml.
 
-peftkern._C     csrc/module.cpp and csrc/cpu/*.cpp. Needs a C++20 compiler, torch and pybind11. Optional: where it cannot be
-                built the package installs as pure Python and says so.
+peftkern._C     csrc/module.cpp and csrc/cpu/*.cpp. Needs a C++20 compiler, torch and pybind11. Optional: where it
+                cannot be built the package installs as pure Python and says so.
 peftkern._cuda  csrc/cuda/*.cu, a library without a Python module. Built where torch is a CUDA build and nvcc exists;
                 PEFTKERN_BUILD_CUDA=1 or 0 decides otherwise.
 
-`python setup.py build_cuda` only compiles csrc/cuda/*.cu with nvcc, for every architecture, against any torch: a check that
-needs no GPU and links nothing.
+`python setup.py build_cuda` only compiles csrc/cuda/*.cu with nvcc, for every architecture, against any torch: a check
+that needs no GPU and links nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent
 # The oldest torch whose stable ABI the sources use: 2.10.
 TARGET_VERSION = "0x020a000000000000"
 CPU_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
-CPU_FLAGS += ["-fno-trapping-math", "-Wno-psabi"]
+CPU_FLAGS += ["-fno-trapping-math", "-fno-strict-aliasing", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
@@ -96,11 +96,11 @@ class BuildExt(build_ext):
         target = Path(self.build_temp) / Path(source).with_suffix(".o")
         # A header may be anywhere in csrc/, so every object depends on all of them.
         headers = [path for path in ext.depends if not path.endswith((".cpp", ".cu"))]
-        if not self.force and up_to_date(target, [source, *headers, "setup.py"]):
+        if not self.force and up_to_date(target, [source, *headers]):
             return str(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.endswith(".cu"):
-            self.compiler.spawn([*self.nvcc_for(ext), source, "-o", str(target)])
+            self.compiler.spawn([*ext.extra_compile_args, source, "-o", str(target)])
             return str(target)
         return str(
             self.compiler.compile(
@@ -112,9 +112,6 @@ class BuildExt(build_ext):
                 depends=ext.depends,
             )[0]
         )
-
-    def nvcc_for(self, ext: Extension) -> list[str]:
-        return list(ext.extra_compile_args)
 
 
 class BuildCuda(Command):
@@ -132,7 +129,8 @@ class BuildCuda(Command):
     def run(self) -> None:
         nvcc, torch = find_nvcc(), torch_root()
         if nvcc is None or torch is None:
-            raise SystemExit(f"build_cuda: {'nvcc' if nvcc is None else 'torch'} not found; both are needed to compile csrc/cuda")
+            missing = "nvcc" if nvcc is None else "torch"
+            raise SystemExit(f"build_cuda: {missing} not found; both nvcc and torch are needed to compile csrc/cuda")
         out = ROOT / "build" / "cuda"
         out.mkdir(parents=True, exist_ok=True)
         command = [*nvcc_command(nvcc, torch), "-Xptxas", "-v"]
@@ -162,7 +160,7 @@ def cpu_extension(torch: Path) -> Extension | None:
         extra_compile_args=[*CPU_FLAGS, "-isystem", str(torch / "include")],
         library_dirs=[str(torch / "lib")],
         libraries=["torch_cpu", "c10"],
-        depends=[*files, *sources("csrc/cpu/*.h")],
+        depends=["setup.py", *files, *sources("csrc/cpu/*.h")],
         language="c++",
         optional=True,
     )
@@ -185,7 +183,7 @@ def cuda_extension(torch: Path) -> Extension | None:
         extra_compile_args=nvcc_command(nvcc, torch),
         library_dirs=[str(torch / "lib"), str(home / "lib64"), str(home / "lib")],
         libraries=["torch", "torch_cpu", "torch_cuda", "c10", "cudart"] if cuda else ["torch_cpu", "c10", "cudart"],
-        depends=[*files, *sources("csrc/cuda/*.cuh")],
+        depends=["setup.py", *files, *sources("csrc/cuda/*.cuh")],
         language="c++",
         optional=True,
     )

@@ -1,4 +1,5 @@
-// peftkern._C: how this binary was built and which instruction set it uses. Loading it registers torch.ops.peftkern_cpu.
+// peftkern._C: how this binary was built and which instruction set it uses. Loading it registers
+// torch.ops.peftkern_cpu.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

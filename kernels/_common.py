@@ -1,13 +1,11 @@
-"""What the Triton kernels share: dropout hash, mixed-precision dot, activations, device facts.
+"""What the Triton kernels share: dropout hash, mixed-precision dot, activations, common refusals.
 
 Letters: x input, M rows, K in, N out, R rank, T prompt, B batch, S sequence, H hidden.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -216,52 +214,18 @@ def activation_grad(v, ACT: tl.constexpr):
     return d
 
 
-# ---- device --------------------------------------------------------------------------------------------------------
-
-
-class Device(NamedTuple):
-    """What a launch has to know about the device: table key, multiprocessors, last-level cache in bytes."""
-
-    arch: str
-    processors: int
-    cache: int
-
-
-@functools.lru_cache(maxsize=None)
-def _device(index: int) -> Device:
-    props = torch.cuda.get_device_properties(index)
-    cache = int(getattr(props, "L2_cache_size", 0)) or 32 << 20
-    if torch.version.hip is not None:
-        return Device(str(props.gcnArchName).split(":")[0], props.multi_processor_count, cache)
-    return Device(f"sm{props.major}{props.minor}", props.multi_processor_count, cache)
-
-
-def device_of(x: torch.Tensor) -> Device:
-    """Facts of x's device, cached. The interpreter gets few processors and a small cache: small tests then split."""
-    if INTERPRETED or x.device.type != "cuda":
-        return Device("interpreter", 4, 1 << 14)
-    return _device(x.device.index)
-
-
-def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the current device: make it x's for the length of a `with`."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
-
-
 def refuse_common(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
     """Why the Triton kernels cannot run there, or None."""
     if dtype not in _DTYPES:
-        return f"dtype {dtype}: float32, bfloat16 and float16 are supported"
+        return f"dtype {dtype}: want float32, bfloat16 or float16"
     if device.type == "cpu":
         if not INTERPRETED:
-            return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before peftkern.kernels is imported"
+            return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the process starts"
     elif device.type != "cuda":
-        return f"device type {device.type}: CUDA and ROCm devices are supported"
+        return f"tensor is on {device.type}: want a CUDA or ROCm device"
     elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"compute capability {torch.cuda.get_device_capability(device)}: (8, 0) or newer is needed"
-    for name, value in dims.items():
-        if value >= 2**31:
-            return f"{name} = {value}: sizes are 32-bit in the kernels"
+        return f"compute capability {torch.cuda.get_device_capability(device)}: want (8, 0) or newer"
+    for name, size in dims.items():
+        if size >= 2**31:
+            return f"{name} = {size}: sizes are 32-bit in the kernels"
     return None

@@ -6,9 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ._common import Dropout, device_of
+from ._common import Dropout
+from ._device import device_of, launch
 from ._passes import column_kernel, expand_kernel, reduce_kernel, row_kernel
-from ._tiles import MAX_BLOCK_R, row_block_m, tile
+from ._tiles import row_block_m, tile
 
 #: Splits of the reduced dimension at most; bounds the workspaces.
 MAX_SPLITS = 16
@@ -41,11 +42,12 @@ def row_pass(
     per_split = triton.cdiv(blocks_k, splits)
     splits = triton.cdiv(blocks_k, per_split)
     out = torch.empty((splits, m, r), dtype=torch.float32, device=x.device)
-    row_kernel[(blocks_m, blocks_r, splits)](
+    launch(
+            row_kernel, (blocks_m, blocks_r, splits),
         x, w, bias if splits == 1 else None, pre, out, drop.seed,
         m, k, r, x.stride(0), w.stride(0), w.stride(1), per_split, factor, drop.threshold,
         ACT=act, DROPOUT=drop.enabled, PRECISION=precision, BLOCK_M=block_m, BLOCK_K=t.block_c, BLOCK_R=t.block_r,
-        num_warps=t.num_warps, num_stages=t.num_stages, enable_fp_fusion=True,
+        num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
     return out
 
@@ -64,17 +66,18 @@ def expand_pass(
 ) -> Tensor:
     """out [M, N] = base + drop(factor * (act(h) w + bias)) for h [splits, M, R] -> h [M, R], summed over splits.
 
-    w [R, N] by any strides; base may be out itself. h_bias [R] is added only where the row pass left it out.
+    w [R, N] by any strides; base [M, N] by any row stride, may be out itself. h_bias [R] is added only where the row pass left it out.
     """
     splits, m, r = h.shape
     n = out.shape[1]
     t = tile("expand", precision, r)
     h_out = torch.empty((m, r), dtype=torch.float32, device=h.device) if splits > 1 else None
-    expand_kernel[(triton.cdiv(m, t.block_m), triton.cdiv(n, t.block_c))](
+    launch(
+            expand_kernel, (triton.cdiv(m, t.block_m), triton.cdiv(n, t.block_c)),
         h, h_bias if splits > 1 else None, h_out, w, bias, base, out, drop.seed,
-        m, n, r, w.stride(0), w.stride(1), splits, factor, drop.inv_keep, drop.threshold,
+        m, n, r, w.stride(0), w.stride(1), 0 if base is None else base.stride(0), splits, factor, drop.inv_keep, drop.threshold,
         ACT=act, DROPOUT=drop.enabled, PRECISION=precision, BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
-        num_warps=t.num_warps, num_stages=t.num_stages, enable_fp_fusion=True,
+        num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
     return h.view(m, r) if h_out is None else h_out
 
@@ -93,7 +96,7 @@ class Gradients:
         rows = src.shape[0]
         blocks = triton.cdiv(min(columns), t.block_c) * triton.cdiv(rank, t.block_r)
         blocks_m = triton.cdiv(rows, t.block_m)
-        splits = max(1, min(2 * device_of(src).processors // blocks, blocks_m // 2, MAX_SPLITS))
+        splits = max(1, min(4 * device_of(src).processors // blocks, blocks_m // 2, MAX_SPLITS))
         per_split = triton.cdiv(blocks_m, splits)
         self.splits = triton.cdiv(blocks_m, per_split)
         self.rows_per_split = per_split * t.block_m
@@ -118,8 +121,9 @@ def reduce_pass(partial: Tensor, outputs: list[Tensor]) -> None:
     ends = [sum(out.numel() for out in outputs[: i + 1]) for i in range(3)]
     pointers = [*outputs, None, None, None][:4]
     block = 1024
-    reduce_kernel[(triton.cdiv(size, block),)](
-        partial, *pointers, size, *ends, splits, BLOCK=block, num_warps=4, enable_fp_fusion=True
+    launch(
+            reduce_kernel, (triton.cdiv(size, block),),
+        partial, *pointers, size, *ends, splits, BLOCK=block, num_warps=4
     )
 
 
@@ -142,23 +146,19 @@ def column_pass(
     """Weight gradient grad = grad_factor * act(g)^T drop(src) and input gradient out = base + drop(g w) in one pass.
 
     src [M, C] · g [M, R] f32 · grad, src_sum [C], g_sum [R]: slots of `grads.partials`, grad by (R, C) strides
-    · w [R, C] with base and out [M, C] only while R <= MAX_BLOCK_R.
+    · w [R, C] with base and out [M, C] only where `_tiles.dx_rides_along`.
     """
     shaped = src if src is not None else out
     m, r = g.shape
     c = shaped.shape[1]
     t = tile("column", precision[0], r)
     blocks_r = triton.cdiv(r, t.block_r)
-    column_kernel[(triton.cdiv(c, t.block_c), blocks_r, grads.splits)](
+    launch(
+            column_kernel, (triton.cdiv(c, t.block_c), blocks_r, grads.splits),
         src, g, w, base, out, grad, src_sum, g_sum, drop.seed,
         m, c, r, 0 if src is None else src.stride(0), 0 if base is None else base.stride(0), *grad_strides,
         grads.size, grads.rows_per_split, grad_factor, drop.inv_keep, drop.threshold,
         ACT=act, DROPOUT=drop.enabled, PRECISION=precision[0], OUT_PRECISION=precision[1],
         BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r,
-        num_warps=t.num_warps, num_stages=t.num_stages, enable_fp_fusion=True,
+        num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
-
-
-def fits_one_tile(rank: int) -> bool:
-    """Whether the input gradient can ride on the column pass."""
-    return rank <= MAX_BLOCK_R

@@ -103,26 +103,27 @@ def row_kernel(
 
 
 @triton.jit
-def latent_tile(h_ptr, bias_ptr, offs_m, offs_r, M, R, splits, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
-    """h[m, r] = sum over splits of the row pass's partials (+ bias[r]), f32, 0 outside."""
+def latent_tile(h_ptr, bias_ptr, offs_m, offs_r, M, R, splits, SPLIT: tl.constexpr):
+    """h[m, r] = sum over splits of the row pass's partials (+ bias[r]), f32, 0 outside; SPLIT: splits > 1."""
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
     tile_ptr = h_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
     h = tl.load(tile_ptr, mask=mask, other=0.0)
-    for split in range(1, splits):
-        h += tl.load(tile_ptr + tl.cast(split, tl.int64) * M * R, mask=mask, other=0.0)
+    if SPLIT:
+        for split in range(1, splits):
+            h += tl.load(tile_ptr + tl.cast(split, tl.int64) * M * R, mask=mask, other=0.0)
     if bias_ptr is not None:
         h += tl.load(bias_ptr + offs_r, mask=offs_r < R, other=0.0).to(tl.float32)[None, :]
     return h
 
 
 @triton.jit
-def base_tile(base_ptr, offs_m, offs_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tile of the contiguous base [M, N], or f32 zeros without one. Loaded before the dots, to be in flight meanwhile."""
+def base_tile(base_ptr, stride_basem, offs_m, offs_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tile of base [M, N], or f32 zeros without one. Loaded before the dots, to be in flight meanwhile."""
     if base_ptr is None:
         base = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     else:
         mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        base = tl.load(base_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
+        base = tl.load(base_ptr + offs_m.to(tl.int64)[:, None] * stride_basem + offs_n[None, :], mask=mask, other=0.0)
     return base
 
 
@@ -132,7 +133,8 @@ def store_expanded(
     base,
     bias_ptr,
     out_ptr,
-    seed_ptr,
+    key1,
+    key2,
     offs_m,
     offs_n,
     M,
@@ -142,12 +144,14 @@ def store_expanded(
     threshold,
     DROPOUT: tl.constexpr,
 ):
-    """out[m, n] = base[m, n] + drop(factor * (acc + bias))[m, n] in out's dtype; out is contiguous."""
+    """out[m, n] = base[m, n] + drop(factor * (acc + bias))[m, n] in out's dtype; out is contiguous.
+
+    key1 and key2 are the rows' dropout keys, unused without dropout.
+    """
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     acc *= factor
     if DROPOUT:
-        key1, key2 = row_keys(seed_ptr, offs_m)
         acc = tl.where(keep_mask(key1, key2, offs_n, threshold), acc * inv_keep, 0.0)
     acc += base.to(tl.float32)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
@@ -170,6 +174,7 @@ def expand_kernel(
     R,
     stride_wr,
     stride_wn,
+    stride_basem,
     splits,
     factor,
     inv_keep,
@@ -185,20 +190,23 @@ def expand_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     pid_n = tl.program_id(1)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    base = base_tile(base_ptr, offs_m, offs_n, M, N, BLOCK_M, BLOCK_N)
+    base = base_tile(base_ptr, stride_basem, offs_m, offs_n, M, N, BLOCK_M, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r in range(0, R, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
         w_tile = w_ptr + offs_r.to(tl.int64)[:, None] * stride_wr + offs_n.to(tl.int64)[None, :] * stride_wn
         w = tl.load(w_tile, mask=(offs_r < R)[:, None] & (offs_n < N)[None, :], other=0.0)
-        h = latent_tile(h_ptr, h_bias_ptr, offs_m, offs_r, M, R, splits, BLOCK_M, BLOCK_R)
+        h = latent_tile(h_ptr, h_bias_ptr, offs_m, offs_r, M, R, splits, h_out_ptr is not None)
         if h_out_ptr is not None:
             if pid_n == 0:
                 mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
                 tl.store(h_out_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], h, mask=mask)
         acc = dot(activation(h, ACT), w, acc, PRECISION)
+    key1, key2 = offs_m, offs_m
+    if DROPOUT:
+        key1, key2 = row_keys(seed_ptr, offs_m)
     store_expanded(
-        acc, base, bias_ptr, out_ptr, seed_ptr, offs_m, offs_n, M, N, factor, inv_keep, threshold, DROPOUT
+        acc, base, bias_ptr, out_ptr, key1, key2, offs_m, offs_n, M, N, factor, inv_keep, threshold, DROPOUT
     )
 
 

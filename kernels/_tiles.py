@@ -23,66 +23,56 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (pass, kind of product, block of the rank) -> block_m, block_c, warps, stages. Kind: "half" is one 16-bit product,
-# "split" several of them, "float" an f32 product.
-_TILES: dict[tuple[str, str, int], tuple[int, int, int, int]] = {
-    ("row", "half", 16): (64, 128, 4, 4),
-    ("row", "half", 32): (64, 128, 4, 4),
-    ("row", "half", 64): (64, 128, 4, 3),
-    ("row", "half", 128): (64, 64, 4, 4),
-    ("row", "split", 16): (64, 64, 4, 4),
-    ("row", "split", 32): (64, 64, 4, 3),
-    ("row", "split", 64): (64, 64, 4, 3),
-    ("row", "split", 128): (64, 32, 4, 3),
-    ("row", "float", 16): (64, 32, 4, 3),
-    ("row", "float", 32): (64, 32, 4, 3),
-    ("row", "float", 64): (64, 32, 4, 3),
-    ("row", "float", 128): (64, 32, 8, 2),
-    ("expand", "half", 16): (64, 128, 4, 1),
-    ("expand", "half", 32): (64, 128, 4, 1),
-    ("expand", "half", 64): (64, 128, 4, 1),
-    ("expand", "half", 128): (64, 128, 4, 1),
-    ("expand", "split", 16): (64, 128, 4, 1),
-    ("expand", "split", 32): (64, 128, 4, 1),
-    ("expand", "split", 64): (64, 64, 4, 1),
-    ("expand", "split", 128): (64, 64, 4, 1),
-    ("expand", "float", 16): (64, 64, 4, 1),
-    ("expand", "float", 32): (64, 64, 4, 1),
-    ("expand", "float", 64): (32, 64, 4, 1),
-    ("expand", "float", 128): (32, 64, 4, 1),
-    ("column", "half", 16): (64, 128, 4, 2),
-    ("column", "half", 32): (64, 128, 4, 2),
-    ("column", "half", 64): (64, 64, 4, 2),
-    ("column", "half", 128): (64, 64, 4, 2),
-    ("column", "split", 16): (64, 64, 4, 2),
-    ("column", "split", 32): (64, 64, 4, 2),
-    ("column", "split", 64): (64, 64, 4, 2),
-    ("column", "split", 128): (32, 64, 8, 2),
-    ("column", "float", 16): (32, 64, 4, 2),
-    ("column", "float", 32): (32, 64, 4, 2),
-    ("column", "float", 64): (32, 64, 4, 2),
-    ("column", "float", 128): (32, 64, 8, 2),
-    ("dy", "half", 16): (64, 256, 4, 2),
-    ("dy", "half", 32): (64, 256, 4, 2),
-    ("dy", "split", 16): (64, 128, 4, 2),
-    ("dy", "split", 32): (64, 128, 4, 2),
+# (pass, kind of product) -> rank up to which a row holds: block_m, block_c, block_r at most, warps, stages. Kinds:
+# "half" is one 16-bit product, "split" several of them, "float" an f32 product. Registers and spills of every entry are
+# in the table that aot.py writes.
+_Rows = dict[int, tuple[int, int, int, int, int]]
+_TILES: dict[tuple[str, str], _Rows] = {
+    ("row", "half"): {32: (64, 128, 32, 4, 4), 64: (64, 128, 64, 4, 3), 128: (64, 64, 128, 4, 4)},
+    ("row", "split"): {16: (64, 64, 16, 4, 4), 64: (64, 64, 64, 4, 3), 128: (64, 32, 128, 4, 3)},
+    ("row", "float"): {64: (64, 32, 64, 4, 3), 128: (64, 32, 128, 8, 2)},
+    ("expand", "half"): {128: (64, 128, 32, 8, 2)},
+    ("expand", "split"): {128: (64, 64, 32, 4, 2)},
+    ("expand", "float"): {128: (64, 64, 16, 4, 2)},
+    ("column", "half"): {
+        16: (32, 128, 16, 8, 2),
+        32: (32, 64, 32, 4, 2),
+        64: (64, 128, 64, 8, 2),
+        128: (64, 64, 128, 8, 2),
+    },
+    ("column", "split"): {32: (32, 64, 32, 4, 2), 128: (64, 64, 128, 8, 2)},
+    ("column", "float"): {16: (32, 128, 16, 8, 2), 64: (32, 64, 64, 4, 2), 128: (32, 64, 128, 8, 2)},
+    ("dy", "half"): {32: (64, 256, 32, 4, 2)},
+    ("dy", "split"): {32: (32, 128, 32, 4, 2)},
+    ("fused", "half"): {64: (64, 128, 64, 4, 3), 128: (64, 64, 128, 4, 3)},
+    ("fused", "split"): {32: (64, 64, 32, 4, 3), 64: (64, 64, 64, 4, 2), 128: (32, 32, 128, 4, 2)},
+    ("fused", "float"): {64: (32, 32, 64, 4, 2), 128: (32, 32, 128, 8, 2)},
 }
+
+# Largest rank whose weight tile the column pass holds in registers beside its gradient tile, to write dx on the way.
+_MAX_RANK_WITH_DX = {"half": 128, "split": 64, "float": 0}
 
 
 def _kind(precision: str) -> str:
     return {"bf16": "half", "fp16": "half", "split2": "split", "split3": "split"}.get(precision, "float")
 
 
-def block_r(rank: int) -> int:
-    """Rank padded to a power of two that tl.dot accepts, at most MAX_BLOCK_R."""
+def padded_rank(rank: int) -> int:
+    """Rank as a power of two that tl.dot accepts, at most MAX_BLOCK_R."""
     return min(max(16, 1 << (rank - 1).bit_length()), MAX_BLOCK_R)
 
 
 def tile(name: str, precision: str, rank: int) -> Tile:
-    """Tile of a pass ("row", "expand", "column") for this precision and rank."""
-    padded = block_r(rank)
-    block_m, block_c, num_warps, num_stages = _TILES[name, _kind(precision), padded]
-    return Tile(block_m, block_c, padded, num_warps, num_stages)
+    """Tile of a pass ("row", "expand", "column", "dy", "fused") for this precision and rank."""
+    padded = padded_rank(rank)
+    rows = _TILES[name, _kind(precision)]
+    block_m, block_c, block_r, num_warps, num_stages = next(row for limit, row in rows.items() if padded <= limit)
+    return Tile(block_m, block_c, min(padded, block_r), num_warps, num_stages)
+
+
+def dx_rides_along(precision: str, rank: int) -> bool:
+    """Whether the column pass can write the input gradient while it reads x."""
+    return rank <= _MAX_RANK_WITH_DX[_kind(precision)]
 
 
 def row_block_m(rows: int, t: Tile, processors: int) -> int:

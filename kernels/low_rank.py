@@ -10,14 +10,18 @@ Source of the method: Hu et al. 2021 (arXiv:2106.09685), eq. 3.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Dropout, device_of, dot, dropout_args, on_device, precision, refuse_common
-from ._launch import Gradients, column_pass, expand_pass, fits_one_tile, reduce_pass, row_pass
-from ._tiles import tile
+from ._common import Dropout, dot, dropout_args, precision, refuse_common
+from ._device import Device, Source, device_of, launch, on_device, sources
+from ._launch import Gradients, column_pass, expand_pass, reduce_pass, row_pass
+from ._tiles import dx_rides_along, tile
 
 
 def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
@@ -84,7 +88,7 @@ def _x_pass(
     drop: Dropout,
     products: tuple[str, str],
 ) -> None:
-    fused = dx is not None and fits_one_tile(a.shape[0])
+    fused = dx is not None and dx_rides_along(products[0], a.shape[0])
     if dx is not None and not fused:
         expand_pass(dh[None], a, dx, dx, 1.0, drop, products[1])
     if fused or da is not None:
@@ -155,13 +159,50 @@ def _dy_pass(
     t = tile("dy", precision, r)
     chunks = triton.cdiv(n, t.block_c)
     partial = torch.empty((chunks, m * r), dtype=torch.float32, device=dy.device)
-    dy_kernel[(chunks, grads.splits)](
+    launch(
+            dy_kernel, (chunks, grads.splits),
         dy, b, h, partial, db, m, n, r, dy.stride(0), grads.size, grads.rows_per_split, scale,
         PRECISION=precision, BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
-        num_warps=t.num_warps, num_stages=t.num_stages, enable_fp_fusion=True,
+        num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
     if chunks == 1:
         return partial.view(m, r)
     dh = torch.empty((m, r), dtype=torch.float32, device=dy.device)
     reduce_pass(partial, [dh])
     return dh
+
+
+def aot_sources(device: Device) -> Iterator[Source]:
+    """Kernel variants to compile ahead of time: ranks, dtypes, dropout, small and odd sizes."""
+    return sources(device, _aot_calls())
+
+
+def _aot_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    cases = [
+        (8192, 4096, 4096, 16, bf16, bf16, 0.1),
+        (8192, 4096, 4096, 64, bf16, bf16, 0.1),
+        (8192, 4096, 4096, 128, bf16, bf16, 0.0),
+        (8192, 4096, 4096, 256, bf16, bf16, 0.1),
+        (8192, 4096, 4096, 16, bf16, f32, 0.1),
+        (8192, 4096, 4096, 64, bf16, f32, 0.1),
+        (8192, 4096, 4096, 16, f16, f32, 0.0),
+        (8192, 4096, 4096, 16, f32, f32, 0.1),
+        (8192, 4096, 4096, 64, f32, f32, 0.1),
+        (1024, 768, 768, 8, bf16, f32, 0.1),
+        (1, 4096, 4096, 16, bf16, bf16, 0.0),
+        (7, 33, 29, 1, bf16, bf16, 0.1),
+    ]
+    for m, k, n, r, dtype, weights, p in cases:
+        name = f"low_rank {m}x{k}-{n} r{r} {dtype} {weights} p{p}".replace("torch.", "")
+        yield name, functools.partial(_aot_call, m, k, n, r, dtype, weights, p)
+
+
+def _aot_call(m: int, k: int, n: int, r: int, dtype: torch.dtype, weights: torch.dtype, p: float) -> None:
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, dy, a, b = meta(m, k), meta(m, n), meta(r, k, dtype=weights), meta(n, r, dtype=weights)
+    seed = meta(1, dtype=torch.int64) if p else None
+    h = forward(x, a, b, meta(m, n), 0.5, p, seed)
+    backward(dy, x, a, b, h, meta(m, k), 0.5, p, seed, True, True)

@@ -10,7 +10,7 @@ def main() -> int:
     try:
         from peftkern.cli import app
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        if error.name not in ("rich", "typer", "yaml"):
             raise
         print(
             f"peftkern's commands need {error.name}: {sys.executable} -m pip install 'peftkern[cli]'\n"

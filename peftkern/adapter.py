@@ -109,6 +109,9 @@ class LayerConfig(AdapterConfig):
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", sorted(set(self.target_modules)))
             self.require(bool(self.target_modules), "target_modules", "at least one name")
+        if self.layers_pattern:
+            given = self.layers_to_transform is not None
+            self.require(given, "layers_to_transform", "block indices beside layers_pattern")
 
     def for_target(self, path: str) -> LayerConfig:
         """The configuration that holds for one target; patterns over module names are resolved here."""
@@ -116,11 +119,15 @@ class LayerConfig(AdapterConfig):
 
 
 class Method:
-    """Common base of the three shapes. `summary` and `paper` are what `peftkern methods` prints."""
+    """Common base of the three shapes. `summary` and `paper` are what `peftkern methods` prints.
+
+    `starts_as_identity` promises that the output is the backbone's until something has trained.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    starts_as_identity: ClassVar[bool] = True
     Config: ClassVar[type[AdapterConfig]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -175,7 +182,7 @@ class LayerAdapter(Method, nn.Module):
 
     def state_keys(self) -> dict[str, nn.Parameter]:
         """Checkpoint name -> parameter."""
-        return {self.keys.get(name, f"{self.name}_{name}"): p for name, p in self.named_parameters()}
+        return _state_keys(self, self.name, self.keys)
 
 
 @dataclass(frozen=True)
@@ -190,6 +197,7 @@ class PromptSite:
 class PromptAdapter(Method, nn.Module):
     """Rows in front of the sequence. `__init__(site, config)` creates the parameters."""
 
+    starts_as_identity: ClassVar[bool] = False
     keys: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, site: PromptSite, config: AdapterConfig) -> None:
@@ -199,7 +207,9 @@ class PromptAdapter(Method, nn.Module):
         """[T, H] rows that go in front of the text."""
         raise TypeError(f"{type(self).__name__} does not override prompt")
 
-    state_keys = LayerAdapter.state_keys
+    def state_keys(self) -> dict[str, nn.Parameter]:
+        """Checkpoint name -> parameter."""
+        return _state_keys(self, self.name, self.keys)
 
 
 class Selection(Method):
@@ -278,23 +288,34 @@ class _Adapted:
 
 
 class InputTap(nn.Module):
-    """Remembers the input of one module until the adapter that reads it has run. Used as a forward pre-hook."""
+    """Remembers the input of one module until the adapters that read it have run. Used as a forward pre-hook.
+
+    `readers` is how many active adapters read it in each forward.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.value: Tensor | None = None
-        self.enabled = False
+        self.readers = 0
+        self.left = 0
 
     def hook(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         """Keep the first positional argument, while an active adapter wants it."""
-        self.value = args[0] if self.enabled else None
+        self.value, self.left = (args[0], self.readers) if self.readers else (None, 0)
 
     def take(self) -> Tensor:
-        """The remembered input, once."""
-        value, self.value = self.value, None
+        """The remembered input, once for each reader; then it is forgotten, so that it does not outlive the forward."""
+        value = self.value
         if value is None:
             raise RuntimeError("the module whose input this adapter reads has not run before it")
+        self.left -= 1
+        if self.left == 0:
+            self.value = None
         return value
+
+
+def _state_keys(adapter: nn.Module, method: str, keys: Mapping[str, str]) -> dict[str, nn.Parameter]:
+    return {keys.get(name, f"{method}_{name}"): p for name, p in adapter.named_parameters()}
 
 
 def kaiming_(parameter: Tensor) -> Tensor:

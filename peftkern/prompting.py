@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peftkern import ops
 from peftkern.adapter import PromptAdapter, PromptSite
@@ -16,7 +17,7 @@ from peftkern.ops.prompt_concat import IGNORED, source_index
 
 def site(model: nn.Module) -> PromptSite:
     """Token width, embedding and config of a model; TargetError when it has no token embedding or is encoder-decoder."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     embedding = getattr(embedding, "base_layer", embedding)
     if not isinstance(embedding, nn.Embedding):
         raise TargetError(f"{type(model).__name__} has no token embedding (nn.Embedding) to put a prompt beside")
@@ -29,8 +30,13 @@ def site(model: nn.Module) -> PromptSite:
 class PromptHooks(nn.Module):
     """Prepends the active prompts on the way into the backbone, and takes their rows off an encoder's output.
 
-    A causal language model keeps the prompt rows in its logits, with labels -100 there, as Hugging Face PEFT does.
+    A causal language model keeps the prompt rows in its logits, with labels -100 there, as Hugging Face PEFT does. So
+    does an encoder under a head that classifies the whole sequence by the first row, where `pools` names the adapter:
+    that row is the prompt's. Decoders for that task have a head called `score`, which looks for the last real token.
     """
+
+    model: PreTrainedModel  # these two are kept unregistered: the model holds this module, not the reverse
+    backbone: nn.Module
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -39,6 +45,7 @@ class PromptHooks(nn.Module):
         self.__dict__["backbone"] = backbone if isinstance(backbone, nn.Module) else model
         self.prompts = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        self.pools: set[str] = set()
         self.keeps_rows = bool(getattr(model, "can_generate", lambda: False)())
         self._mask: Tensor | None = None
         self._handles = [
@@ -79,7 +86,9 @@ class PromptHooks(nn.Module):
         self._check_length(tokens.shape[1] + prompt.shape[0])
         prompted = self._concat(prompt, ids, embeds, mask)
         values.update(input_ids=None, inputs_embeds=prompted.embeds, attention_mask=prompted.mask)
-        self._mask = None if self.keeps_rows else (torch.ones_like(tokens) if mask is None else mask).to(torch.int64)
+        first_row = not self.pools.isdisjoint(self.active) and not hasattr(self.model, "score")
+        text = torch.ones_like(tokens) if mask is None else mask
+        self._mask = None if self.keeps_rows or first_row else text.to(torch.int64)
         if values.get("position_ids") is not None:
             values["position_ids"] = prompted.positions
         if values.get("token_type_ids") is not None:

@@ -18,22 +18,28 @@ Place = tuple[nn.Module, str]
 class SelectedParameters(nn.Module):
     """The trained copies of one adapter. `spare` holds whichever half, trained or original, is out of the model.
 
-    With `keep_original=False` the originals themselves train: nothing is copied, and there is no way back.
+    A tied parameter stays tied, except for the names in `apart`, each of which gets a copy of its own. With
+    `keep_original=False` the originals themselves train: nothing is copied, and there is no way back.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str], keep_original: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, names: Iterable[str], keep_original: bool = True, apart: Iterable[str] = ()
+    ) -> None:
         super().__init__()
-        wanted = set(names)
-        groups: dict[int, list[Place]] = {}
-        paths: dict[int, str] = {}
-        parameters: dict[int, nn.Parameter] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            original = targets.original_path(name)
-            if original in wanted:
+        wanted, separate = set(names), set(apart)
+        groups: dict[int | str, list[Place]] = {}
+        paths: dict[int | str, str] = {}
+        parameters: dict[int | str, nn.Parameter] = {}
+        modules = dict(targets.named_modules(model))
+        named = list(targets.named_parameters(model))
+        shared = {id(p) for name, p in named if name in wanted and name not in separate}
+        for name, parameter in named:
+            key = name if name in separate else id(parameter)
+            if name in separate or id(parameter) in shared:
                 path, _, attribute = name.rpartition(".")
-                groups.setdefault(id(parameter), []).append((model.get_submodule(path), attribute))
-                paths.setdefault(id(parameter), original)
-                parameters[id(parameter)] = parameter
+                groups.setdefault(key, []).append((modules[path], attribute))
+                paths.setdefault(key, name)
+                parameters[key] = parameter
         self.places = list(groups.values())
         self.names = list(paths.values())
         copies = [nn.Parameter(p.detach().clone()) for p in parameters.values()] if keep_original else []
@@ -55,6 +61,11 @@ class SelectedParameters(nn.Module):
         if self.keep_original and not self.active:
             return dict(zip(self.names, self.spare, strict=True))
         return {name: getattr(*places[0]) for name, places in zip(self.names, self.places, strict=True)}
+
+    def placed(self) -> list[tuple[Place, nn.Parameter]]:
+        """Every place in the model with the trained copy that belongs there."""
+        pairs = zip(self.places, self.trained().values(), strict=True)
+        return [(place, parameter) for places, parameter in pairs for place in places]
 
     def overlaps(self, other: SelectedParameters) -> list[str]:
         """Names that both select."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from peftkern.base import BaseLayer, is_supported
 from peftkern.errors import TargetError, near
@@ -16,6 +17,9 @@ ATTENTION_PROJECTIONS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin",
 
 TASK_HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier")
 """Names under which transformers keeps task heads; Hugging Face PEFT trains the same ones for these task types."""
+
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Task types whose head trains with the adapter, unasked."""
 
 
 def matches(path: str, spec: list[str] | str | None) -> bool:
@@ -37,23 +41,27 @@ def match(model: nn.Module, config: Any) -> list[str]:
     if spec is None:
         spec = [n for n in ATTENTION_PROJECTIONS if any(matches(path, [n]) for path in candidates)] or "all-linear"
     if spec == "all-linear":
-        output = output_layers(model)
-        chosen = [p for p, m in candidates.items() if not isinstance(m, nn.Embedding) and p not in output]
+        output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
+        outputs = {path for path, module in named_modules(model) if module is output}
+        chosen = [p for p, m in candidates.items() if not isinstance(m, nn.Embedding) and p not in outputs]
     else:
         everything = {path: m for path, m in named_modules(model) if path}
-        chosen = [path for path in everything if matches(path, spec)]
+        named = {id(m) for path, m in named_modules(model, remove_duplicate=False) if path and matches(path, spec)}
+        chosen = [path for path, m in everything.items() if id(m) in named]
         unfit = {path: type(everything[path]).__name__ for path in chosen if path not in candidates}
         if unfit and len(unfit) == len(chosen):
             path, kind = next(iter(unfit.items()))
             raise TargetError(f"{path} is a {kind}: want nn.Linear, Conv1D or nn.Embedding inside it as target_modules")
         if unfit:
             raise TargetError(f"target_modules={spec!r} also matches modules that cannot be adapted: {unfit}")
-    layers = {config.layers_to_transform} if isinstance(config.layers_to_transform, int) else config.layers_to_transform
+    layers = config.layers_to_transform
+    layers = {layers} if isinstance(layers, int) else layers or None
+    whole = saved_names(config)
     paths = [
         path
         for path in chosen
         if not matches(path, config.exclude_modules)
-        and not _inside(path, config.modules_to_save)
+        and not _inside(path, whole)
         and (layers is None or block_index(model, path, config.layers_pattern) in layers)
     ]
     if not paths:
@@ -66,35 +74,54 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     return {path: m for path, m in named_modules(model) if is_supported(m)}
 
 
-def named_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """The model's modules under the paths they had before anything was attached."""
-    for path, module in model.named_modules():
-        parts = path.split(".")
-        if "_peftkern" in parts or "adapters" in parts and _is_adapted(model, path):
-            continue
-        if hasattr(type(module), "merged_weights"):
-            continue
-        yield path.replace(".base_layer", ""), module
+def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """The model's own modules under the paths they had before anything was attached, shared ones once or every time."""
+    return _walk(model, "", set() if remove_duplicate else None)
 
 
-def original_path(path: str) -> str:
-    """The path a module or parameter had before anything was attached."""
-    return path.replace(".base_layer", "")
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The model's own parameters under the names they had before anything was attached, tied ones under each name."""
+    for path, module in named_modules(model):
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{attribute}" if path else attribute, parameter
 
 
-def _is_adapted(model: nn.Module, path: str) -> bool:
-    prefix = path.split(".adapters")[0]
-    return hasattr(type(model.get_submodule(prefix)), "merged_weights")
+def _walk(module: nn.Module, path: str, seen: set[int] | None) -> Iterator[tuple[str, nn.Module]]:
+    if hasattr(type(module), "merged_weights"):
+        module = module.base_layer  # type: ignore[assignment]
+    if seen is not None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None and name != "_peftkern":
+            yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
 
 def _inside(path: str, names: Iterable[str] | None) -> bool:
     return any(name in path.split(".") or path == name or path.endswith("." + name) for name in names or ())
 
 
-def output_layers(model: nn.Module) -> set[str]:
-    """Paths of the output embedding and of task heads: what "all-linear" leaves out."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {p for p, m in named_modules(model) if m is output or _inside(p, TASK_HEADS)}
+def saved_names(config: Any) -> list[str]:
+    """Names of the modules that train in full beside the adapter: `modules_to_save`, and the head of these tasks."""
+    return [*(config.modules_to_save or ()), *(TASK_HEADS if config.task_type in HEAD_TASKS else ())]
+
+
+def saved_modules(model: nn.Module, config: Any) -> list[str]:
+    """Paths of those modules. As in Hugging Face PEFT a name stands for every path that ends so, at a dot or not:
+    "norm" is also "input_layernorm", and "classifier" is also "pre_classifier".
+
+    Raises TargetError, listing near names, for a name in `modules_to_save` that no path ends with.
+    """
+    paths = [path for path, _ in named_modules(model) if path]
+    heads = TASK_HEADS if config.task_type in HEAD_TASKS else ()
+    for name in config.modules_to_save or ():
+        if name not in heads and not any(path.endswith(name) for path in paths):
+            ends = {path.split(".")[-1] for path in paths}
+            raise TargetError(f"modules_to_save: no module is called {name!r}{near(name, ends)}")
+    return [path for path in paths if path.endswith(tuple(saved_names(config)))]
 
 
 def blocks(model: nn.Module, pattern: list[str] | str | None = None) -> list[tuple[str, nn.ModuleList]]:

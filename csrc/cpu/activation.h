@@ -35,8 +35,8 @@ struct Activated {
 // x Phi(x) and Phi(x) + x phi(x). Phi(-|x|) = exp(-x^2 / 2) t q(t), t = 1 / (1 + 0.34 |x|): the form of Abramowitz and
 // Stegun 7.1.26 with a higher degree; relative error below 4e-7 in both tails.
 PEFTKERN_INLINE Activated gelu(vf x) {
-  static constexpr float kTail[] = {2.19999803e-6f, 0.13556916f,  0.13661976f,  0.11240918f, 0.1247484f,
-                                    -0.06484535f,   0.22971282f,  -0.29636477f, 0.15050626f, -0.028357526f};
+  static constexpr float kTail[] = {2.19999803e-6f, 0.13556916f, 0.13661976f,  0.11240918f, 0.1247484f,
+                                    -0.06484535f,   0.22971282f, -0.29636477f, 0.15050626f, -0.028357526f};
   const vf square = x * x;
   const vf bell = exp_of_negative(square * splat(-0.5f));
   const vf t = splat(1.0f) / (splat(1.0f) + splat(0.34f) * magnitude(x));

@@ -172,6 +172,9 @@ void forward(const Bottleneck& op) {
   pack_dot(down, op.down, op.k);
   pack_panel(up, op.up.transposed(), op.r, op.n);
   const int64_t ldb = mask_stride(op.n);
+  const float scale = op.scale * op.drop.inverse_keep;
+  std::vector<float> up_bias = op.up_bias;
+  for (float& value : up_bias) value *= scale;
   for_tasks(ceil_div(op.m, kRowChunk), kRowChunk * op.r * (op.k + op.n), [&](int64_t begin, int64_t end) {
     Buffer<uint8_t> bits(op.drop.on ? kRowChunk * ldb + kMaskSlack : 0);
     Buffer<float> z(kRowChunk * op.r);
@@ -194,12 +197,12 @@ void forward(const Bottleneck& op) {
                            op.y.row,
                            residual,
                            op.residual.row,
-                           op.up_bias.empty() ? nullptr : op.up_bias.data(),
-                           op.scale * op.drop.inverse_keep,
+                           up_bias.empty() ? nullptr : up_bias.data(),
                            op.drop.on ? bits.get() : nullptr,
-                           ldb};
-      expand<Lane, T>(lanes_along_r<Lane>(z.get(), op.r, rows, op.r, lanes.get()), up.depth, rows, up, 0, up.panels,
-                      op.n, 0, to);
+                           ldb,
+                           0};
+      lanes_along_r(z.get(), rows, op.r, scale, up.depth, lanes.get());
+      expand(lanes.get(), rows, up, 0, up.panels, op.n, to);
     }
   });
 }
@@ -239,8 +242,7 @@ void backward_rows(const Bottleneck& op, Half<Lane>& half) {
         keep_bits(keys, rows, 0, op.n, op.drop.threshold, bits, half.ldb);
       }
       const T* dy = op.dy.as<const T>() + m * op.dy.row;
-      shrink<Lane, T>(dy, op.dy.row, rows, op.n, bits, half.ldb, up, op.scale * op.drop.inverse_keep, dpre.get(),
-                      op.r);
+      shrink<Lane, T>(dy, op.dy.row, rows, op.n, bits, half.ldb, up, op.scale * op.drop.inverse_keep, dpre.get(), op.r);
       activate(op.act, op.pre.as<const float>() + m * op.r, rows * op.r, z.get(), slope.get());
       float* sums = half.bias_sums.get() + m / kRowChunk * op.r;
       for (int64_t j = 0; j < op.r; ++j) sums[j] = 0.0f;
@@ -253,10 +255,10 @@ void backward_rows(const Bottleneck& op, Half<Lane>& half) {
       half.z.fill(z.get(), op.r, op.r, m, m + rows);
       half.dpre.fill(dpre.get(), op.r, op.r, m, m + rows);
       if (!op.dx.data) continue;
-      const ExpandTo<T> to{op.dx.as<T>() + m * op.dx.row, op.dx.row, op.add_dy ? dy : nullptr, op.dy.row, nullptr, 1.0f,
-                           nullptr, 0};
-      expand<Lane, T>(lanes_along_r<Lane>(dpre.get(), op.r, rows, op.r, lanes.get()), down.depth, rows, down, 0,
-                      down.panels, op.k, 0, to);
+      const ExpandTo<T> to{
+          op.dx.as<T>() + m * op.dx.row, op.dx.row, op.add_dy ? dy : nullptr, op.dy.row, nullptr, nullptr, 0, 0};
+      lanes_along_r(dpre.get(), rows, op.r, 1.0f, down.depth, lanes.get());
+      expand(lanes.get(), rows, down, 0, down.panels, op.k, to);
     }
   });
 }
@@ -264,22 +266,22 @@ void backward_rows(const Bottleneck& op, Half<Lane>& half) {
 // d_up, d_up_bias = a * drop(dy)^T [z, 1] by columns of dy, then d_down = dpre^T x by columns of x.
 template <class Lane, class T>
 void backward_cols(const Bottleneck& op, const Half<Lane>& half) {
+  constexpr int64_t kBlock = kColBlock<T>;
   const float scale = op.scale * op.drop.inverse_keep;
   auto columns = [&](const Matrix& wide, int64_t cols, const TallPack<Lane>& small, bool masked, const Matrix& out,
                      float a, float* bias) {
-    for_tasks(ceil_div(cols, kColBlock), op.m * kColBlock * op.r, [&](int64_t begin, int64_t end) {
-      OuterScratch<Lane> scratch(small.stride);
-      for (int64_t c0 = begin * kColBlock; c0 < end * kColBlock; c0 += kColBlock) {
-        scratch.clear(small.stride);
+    for_tasks(ceil_div(cols, kBlock), op.m * kBlock * op.r, [&](int64_t begin, int64_t end) {
+      Outer<Lane, T> outer(small);
+      for (int64_t c0 = begin * kBlock; c0 < end * kBlock; c0 += kBlock) {
+        outer.clear();
         for (int64_t m = 0; m < op.m; m += kOuterRows) {
           const int64_t rows = op.m - m < kOuterRows ? op.m - m : kOuterRows;
           const uint8_t* bits = masked ? half.bits.get() + m * half.ldb + c0 / 8 : nullptr;
-          outer_chunk<Lane, T>(wide.as<const T>(), wide.row, m, rows, c0, cols, bits, half.ldb, small, scratch);
+          outer.add(wide.as<const T>(), wide.row, m, rows, c0, cols, bits, half.ldb);
         }
-        outer_write(scratch.sums.get(), op.r, c0, cols, a, out);
+        outer.write(op.r, c0, cols, a, out);
         if (bias)
-          for (int64_t j = 0; j < kColBlock && c0 + j < cols; ++j)
-            bias[c0 + j] = a * scratch.sums.get()[op.r * kColBlock + j];
+          for (int64_t j = 0; j < kBlock && c0 + j < cols; ++j) bias[c0 + j] = a * outer.row(op.r)[j];
       }
     });
   };
@@ -301,12 +303,12 @@ void backward(const Bottleneck& op) {
 
 void bottleneck_forward(const Bottleneck& op) {
   with_lane(op.x.dtype, op.down.dtype,
-            [&](auto lane, auto* t) { forward<decltype(lane), std::remove_pointer_t<decltype(t)>>(op); });
+            [&](auto lane, auto* t) { forward<decltype(lane), std::remove_pointer_t<decltype(t)> >(op); });
 }
 
 void bottleneck_backward(const Bottleneck& op) {
   with_lane(op.x.dtype, op.down.dtype,
-            [&](auto lane, auto* t) { backward<decltype(lane), std::remove_pointer_t<decltype(t)>>(op); });
+            [&](auto lane, auto* t) { backward<decltype(lane), std::remove_pointer_t<decltype(t)> >(op); });
 }
 
 }  // namespace peftkern::PEFTKERN_ISA

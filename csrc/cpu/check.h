@@ -72,8 +72,8 @@ class Check {
     Dropout d;
     if (p == 0.0) return d;
     that(seed.has_value(), "seed is None, want an int64 tensor of one element because p is ", p);
-    that(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-         "seed has shape ", shape_text(*seed), ", want an int64 CPU tensor of one element");
+    that(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed has shape ",
+         shape_text(*seed), ", want an int64 CPU tensor of one element");
     d.on = true;
     d.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
     const double scaled = p * 4294967296.0;

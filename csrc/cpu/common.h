@@ -65,7 +65,15 @@ struct Matrix {
   Matrix transposed() const { return {data, dtype, col, row}; }
 };
 
-// Seeded dropout: see RowKey in skinny.h for the generator.
+// Calls f with a null pointer of the element type.
+template <class F>
+void with_dtype(Dtype dtype, const F& f) {
+  if (dtype == Dtype::f32) f(static_cast<float*>(nullptr));
+  if (dtype == Dtype::bf16) f(static_cast<Bf16*>(nullptr));
+  if (dtype == Dtype::f16) f(static_cast<F16*>(nullptr));
+}
+
+// Seeded dropout, the generator of peftkern/ops/dropout.py.
 struct Dropout {
   bool on = false;
   uint64_t seed = 0;
@@ -73,7 +81,7 @@ struct Dropout {
   float inverse_keep = 1.0f;
 };
 
-// The per-row part of the generator: two words that the column hash mixes in.
+// The per-row part of the generator (splitmix64): two words that the column hash mixes in.
 struct RowKey {
   uint32_t first, second;
 };
@@ -83,7 +91,7 @@ inline RowKey row_key(uint64_t seed, int64_t row) {
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
   z ^= z >> 31;
-  // x ^ (x >> n) is linear over xor, so the key's share of both such steps is taken once per row.
+  // x ^ (x >> n) is linear over xor, so the key's share of two such steps is taken here, once per row.
   const uint32_t k1 = static_cast<uint32_t>(z), k2 = static_cast<uint32_t>(z >> 32);
   return {k1 ^ (k1 >> 16), k2 ^ (k2 >> 15)};
 }

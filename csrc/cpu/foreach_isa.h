@@ -13,13 +13,12 @@
 
 #if defined(__x86_64__)
 
-#if defined(__clang__)
 #define PEFTKERN_PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
 #define PEFTKERN_PUSH(features) \
   PEFTKERN_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define PEFTKERN_POP PEFTKERN_PRAGMA(clang attribute pop)
 #else
-#define PEFTKERN_PRAGMA(x) _Pragma(#x)
 #define PEFTKERN_PUSH(features) PEFTKERN_PRAGMA(GCC push_options) PEFTKERN_PRAGMA(GCC target(features))
 #define PEFTKERN_POP PEFTKERN_PRAGMA(GCC pop_options)
 #endif
@@ -49,19 +48,19 @@ PEFTKERN_PUSH("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 PEFTKERN_POP
 
 // Calls FUNCTION of the namespace that belongs to the active instruction set.
-#define PEFTKERN_CALL(FUNCTION, ...)                     \
-  switch (::peftkern::active_isa()) {                    \
-    case ::peftkern::Isa::avx512_bf16:                   \
-      ::peftkern::avx512_bf16::FUNCTION(__VA_ARGS__);    \
-      break;                                             \
-    case ::peftkern::Isa::avx512:                        \
-      ::peftkern::avx512::FUNCTION(__VA_ARGS__);         \
-      break;                                             \
-    case ::peftkern::Isa::avx2:                          \
-      ::peftkern::avx2::FUNCTION(__VA_ARGS__);           \
-      break;                                             \
-    default:                                             \
-      ::peftkern::baseline::FUNCTION(__VA_ARGS__);       \
+#define PEFTKERN_CALL(FUNCTION, ...)                  \
+  switch (::peftkern::active_isa()) {                 \
+    case ::peftkern::Isa::avx512_bf16:                \
+      ::peftkern::avx512_bf16::FUNCTION(__VA_ARGS__); \
+      break;                                          \
+    case ::peftkern::Isa::avx512:                     \
+      ::peftkern::avx512::FUNCTION(__VA_ARGS__);      \
+      break;                                          \
+    case ::peftkern::Isa::avx2:                       \
+      ::peftkern::avx2::FUNCTION(__VA_ARGS__);        \
+      break;                                          \
+    default:                                          \
+      ::peftkern::baseline::FUNCTION(__VA_ARGS__);    \
   }
 
 #else

@@ -79,8 +79,7 @@ std::tuple<Tensor, Tensor> low_rank_backward(const Tensor& dy, const Tensor& x, 
 }  // namespace peftkern
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peftkern_cpu, m) {
-  m.def(
-      "low_rank_forward(Tensor x, Tensor a, Tensor b, Tensor(a!) y, float scale, float p, Tensor? seed) -> Tensor");
+  m.def("low_rank_forward(Tensor x, Tensor a, Tensor b, Tensor(a!) y, float scale, float p, Tensor? seed) -> Tensor");
   m.def(
       "low_rank_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor h, Tensor(a!)? dx, float scale, float p, "
       "Tensor? seed, bool need_a, bool need_b) -> (Tensor, Tensor)");
@@ -119,9 +118,9 @@ void forward(const LowRank& op) {
       shrink<Lane, T>(op.x.as<const T>() + m * op.x.row, op.x.row, rows, op.k, op.drop.on ? bits.get() : nullptr, ldb,
                       a, op.drop.inverse_keep, h, op.r);
       T* y = op.y.as<T>() + m * op.y.row;
-      const ExpandTo<T> to{y, op.y.row, y, op.y.row, nullptr, op.scale, nullptr, 0};
-      expand<Lane, T>(lanes_along_r<Lane>(h, op.r, rows, op.r, lanes.get()), b.depth, rows, b, 0, b.panels, op.n, 0,
-                      to);
+      lanes_along_r(h, rows, op.r, op.scale, b.depth, lanes.get());
+      const ExpandTo<T> to{y, op.y.row, y, op.y.row, nullptr, nullptr, 0, 0};
+      expand(lanes.get(), rows, b, 0, b.panels, op.n, to);
     }
   });
 }
@@ -131,15 +130,16 @@ template <class Lane, class T>
 void backward_b(const LowRank& op) {
   TallPack<Lane> h(op.m, op.r, false);
   h.fill(op.h.as<float>(), op.r, op.r, 0, op.m);
-  for_tasks(ceil_div(op.n, kColBlock), op.m * kColBlock * op.r, [&](int64_t begin, int64_t end) {
-    OuterScratch<Lane> scratch(h.stride);
-    for (int64_t c0 = begin * kColBlock; c0 < end * kColBlock; c0 += kColBlock) {
-      scratch.clear(h.stride);
+  constexpr int64_t kBlock = kColBlock<T>;
+  for_tasks(ceil_div(op.n, kBlock), op.m * kBlock * op.r, [&](int64_t begin, int64_t end) {
+    Outer<Lane, T> outer(h);
+    for (int64_t c0 = begin * kBlock; c0 < end * kBlock; c0 += kBlock) {
+      outer.clear();
       for (int64_t m = 0; m < op.m; m += kOuterRows) {
         const int64_t rows = op.m - m < kOuterRows ? op.m - m : kOuterRows;
-        outer_chunk<Lane, T>(op.dy.as<const T>(), op.dy.row, m, rows, c0, op.n, nullptr, 0, h, scratch);
+        outer.add(op.dy.as<const T>(), op.dy.row, m, rows, c0, op.n, nullptr, 0);
       }
-      outer_write(scratch.sums.get(), op.r, c0, op.n, op.scale, op.db.transposed());
+      outer.write(op.r, c0, op.n, op.scale, op.db.transposed());
     }
   });
 }
@@ -149,29 +149,28 @@ template <class Lane, class T>
 void backward_ax(const LowRank& op, const float* dh, const TallPack<Lane>& tall, const RowKey* keys) {
   const PanelPack<Lane> a(op.r, op.k);
   if (op.dx.data) pack_panel(a, op.a, op.r, op.k);
-  Buffer<Lane> wide_dh(op.m * a.depth);
-  const Lane* rows_dh = nullptr;
-  if (op.dx.data) rows_dh = lanes_along_r<Lane>(dh, op.r, op.m, op.r, wide_dh.get());
-  const int64_t ldb = mask_stride(kColBlock);
-  for_tasks(ceil_div(op.k, kColBlock), op.m * kColBlock * op.r * 2, [&](int64_t begin, int64_t end) {
-    OuterScratch<Lane> scratch(tall.stride);
+  Buffer<Lane> rows_dh(op.dx.data ? op.m * a.depth : 0);
+  if (op.dx.data) lanes_along_r(dh, op.m, op.r, op.drop.inverse_keep, a.depth, rows_dh.get());
+  constexpr int64_t kBlock = kColBlock<T>, kPanels = kBlock / kPanel;
+  const int64_t ldb = mask_stride(kBlock);
+  for_tasks(ceil_div(op.k, kBlock), op.m * kBlock * op.r * 2, [&](int64_t begin, int64_t end) {
+    Outer<Lane, T> outer(tall);
     Buffer<uint8_t> mask(kOuterRows * ldb + kMaskSlack);
     const uint8_t* bits = op.drop.on ? mask.get() : nullptr;
-    for (int64_t c0 = begin * kColBlock; c0 < end * kColBlock; c0 += kColBlock) {
-      scratch.clear(tall.stride);
-      const int64_t panel = c0 / kPanel;
-      const int64_t panels = panel + kColBlock / kPanel < a.panels ? panel + kColBlock / kPanel : a.panels;
+    for (int64_t c0 = begin * kBlock; c0 < end * kBlock; c0 += kBlock) {
+      outer.clear();
+      const int64_t panel = c0 / kPanel, panels = panel + kPanels < a.panels ? panel + kPanels : a.panels;
       for (int64_t m = 0; m < op.m; m += kOuterRows) {
         const int64_t rows = op.m - m < kOuterRows ? op.m - m : kOuterRows;
-        if (op.drop.on) keep_bits(keys + m, rows, c0, kColBlock, op.drop.threshold, mask.get(), ldb);
-        if (op.da.data) outer_chunk<Lane, T>(op.x.as<const T>(), op.x.row, m, rows, c0, op.k, bits, ldb, tall, scratch);
+        if (op.drop.on) keep_bits(keys + m, rows, c0, kBlock, op.drop.threshold, mask.get(), ldb);
+        if (op.da.data) outer.add(op.x.as<const T>(), op.x.row, m, rows, c0, op.k, bits, ldb);
         if (op.dx.data) {
           T* dx = op.dx.as<T>() + m * op.dx.row;
-          const ExpandTo<T> to{dx, op.dx.row, dx, op.dx.row, nullptr, op.drop.inverse_keep, bits, ldb};
-          expand<Lane, T>(rows_dh + m * a.depth, a.depth, rows, a, panel, panels, op.k, c0, to);
+          const ExpandTo<T> to{dx, op.dx.row, dx, op.dx.row, nullptr, bits, ldb, c0};
+          expand(rows_dh.get() + m * a.depth, rows, a, panel, panels, op.k, to);
         }
       }
-      if (op.da.data) outer_write(scratch.sums.get(), op.r, c0, op.k, op.drop.inverse_keep, op.da);
+      if (op.da.data) outer.write(op.r, c0, op.k, op.drop.inverse_keep, op.da);
     }
   });
 }
@@ -201,11 +200,13 @@ void backward(const LowRank& op) {
 }  // namespace
 
 void low_rank_forward(const LowRank& op) {
-  with_lane(op.x.dtype, op.a.dtype, [&](auto lane, auto* t) { forward<decltype(lane), std::remove_pointer_t<decltype(t)>>(op); });
+  with_lane(op.x.dtype, op.a.dtype,
+            [&](auto lane, auto* t) { forward<decltype(lane), std::remove_pointer_t<decltype(t)> >(op); });
 }
 
 void low_rank_backward(const LowRank& op) {
-  with_lane(op.x.dtype, op.a.dtype, [&](auto lane, auto* t) { backward<decltype(lane), std::remove_pointer_t<decltype(t)>>(op); });
+  with_lane(op.x.dtype, op.a.dtype,
+            [&](auto lane, auto* t) { backward<decltype(lane), std::remove_pointer_t<decltype(t)> >(op); });
 }
 
 }  // namespace peftkern::PEFTKERN_ISA

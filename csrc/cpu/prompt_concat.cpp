@@ -30,13 +30,6 @@ void from_float(float x, F16* out) {
   out->bits = static_cast<uint16_t>(half | sign);
 }
 
-template <class F>
-void with_type(Dtype dtype, const F& f) {
-  if (dtype == Dtype::f32) f(static_cast<float*>(nullptr));
-  if (dtype == Dtype::bf16) f(static_cast<Bf16*>(nullptr));
-  if (dtype == Dtype::f16) f(static_cast<F16*>(nullptr));
-}
-
 // The prompt in the dtype of the output.
 template <class T, class P>
 void convert(const P* from, int64_t n, T* to) {
@@ -82,9 +75,8 @@ void check_ids(const Check& check, const int64_t* ids, int64_t n, int64_t vocabu
                vocabulary);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_concat_forward(const std::optional<Tensor>& ids,
-                                                                 const Tensor& source, const Tensor& prompt,
-                                                                 const Tensor& mask,
+std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_concat_forward(const std::optional<Tensor>& ids, const Tensor& source,
+                                                                 const Tensor& prompt, const Tensor& mask,
                                                                  const std::optional<Tensor>& labels) {
   const Check check("prompt_concat_forward");
   check.dims("prompt", prompt, 2);
@@ -113,10 +105,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_concat_forward(const std::opti
   Tensor positions = torch::stable::new_empty(mask, {n.batch, n.out()});
   Tensor labels_out =
       labels.has_value() ? torch::stable::new_empty(mask, {n.batch, n.out()}) : torch::stable::new_empty(mask, {0});
-  with_type(type, [&](auto* t) {
+  with_dtype(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     Buffer<T> rows(n.prompt * n.hidden);
-    with_type(prompt_type, [&](auto* p) {
+    with_dtype(prompt_type, [&](auto* p) {
       convert(static_cast<const std::remove_pointer_t<decltype(p)>*>(prompt.const_data_ptr()), n.prompt * n.hidden,
               rows.get());
     });
@@ -171,9 +163,9 @@ std::tuple<Tensor, Tensor> prompt_concat_backward(const Tensor& dout, const Tens
   check.dtype("mask", mask, ScalarType::Long);
   const Dtype type = check.floating("dout", dout);
   Tensor d_prompt = empty_f32(dout, {n.prompt, n.hidden});
-  Tensor d_embeds = need_embeds ? torch::stable::new_empty(dout, {n.batch, n.length, n.hidden})
-                                : torch::stable::new_empty(dout, {0});
-  with_type(type, [&](auto* t) {
+  Tensor d_embeds =
+      need_embeds ? torch::stable::new_empty(dout, {n.batch, n.length, n.hidden}) : torch::stable::new_empty(dout, {0});
+  with_dtype(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const T* from = static_cast<const T*>(dout.const_data_ptr());
     sum_prompt(from, longs(mask), n, d_prompt.mutable_data_ptr<float>());

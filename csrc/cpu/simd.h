@@ -107,8 +107,30 @@ PEFTKERN_INLINE void store(F16* p, vf v) {
   __builtin_memcpy(p, &h, sizeof h);
 }
 
-// ---- the ragged end of a row: n < kLanes elements, zeros behind them
+// ---- the ragged end of a row: 0 < n < kLanes elements, zeros behind them
 
+#if PEFTKERN_LEVEL >= 2
+PEFTKERN_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+PEFTKERN_INLINE vf load_part(const float* p, int64_t n) {
+  return reinterpret_cast<vf>(_mm512_maskz_loadu_ps(first_lanes(n), p));
+}
+PEFTKERN_INLINE vf load_part(const Bf16* p, int64_t n) {
+  const vh h = reinterpret_cast<vh>(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+  return as_float(__builtin_convertvector(h, vu) << 16);
+}
+PEFTKERN_INLINE vf load_part(const F16* p, int64_t n) {
+  return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)));
+}
+PEFTKERN_INLINE void store_part(float* p, vf v, int64_t n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), reinterpret_cast<__m512>(v));
+}
+template <class T>
+PEFTKERN_INLINE void store_part(T* p, vf v, int64_t n) {
+  __m256i h;
+  store(reinterpret_cast<T*>(&h), v);
+  _mm256_mask_storeu_epi16(p, first_lanes(n), h);
+}
+#else
 template <class T>
 PEFTKERN_INLINE vf load_part(const T* p, int64_t n) {
   T buffer[kLanes] = {};
@@ -121,6 +143,7 @@ PEFTKERN_INLINE void store_part(T* p, vf v, int64_t n) {
   store(buffer, v);
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
+#endif
 
 // ---- dropout masks, one bit an element, lowest bit first
 
@@ -175,14 +198,25 @@ template <class Lane>
 PEFTKERN_INLINE vf mac(vf acc, vf a, vf b) {
 #if PEFTKERN_LEVEL >= 3
   if constexpr (kPerLane<Lane> == 2)
-    return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), reinterpret_cast<__m512bh>(a),
-                                                 reinterpret_cast<__m512bh>(b)));
+    return reinterpret_cast<vf>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
   else
-    return reinterpret_cast<vf>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
-                                                reinterpret_cast<__m512>(acc)));
+    return reinterpret_cast<vf>(
+        _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(acc)));
 #else
   return acc + a * b;
 #endif
+}
+
+// Keeps a value in a register: without it GCC turns one load and three uses into three loads, and the load ports, not
+// the multipliers, set the pace.
+PEFTKERN_INLINE vf in_register(vf v) {
+#if PEFTKERN_LEVEL >= 2
+  __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#endif
+  return v;
 }
 
 // The sums over the lanes of four vectors, in one 4-lane vector.

@@ -28,16 +28,16 @@ class BitFit(Selection):
     def select(cls, model: nn.Module, config: BitFitConfig) -> list[str]:
         """Names of the biases."""
         wanted: list[str] = []
-        for name, _ in model.named_parameters():
-            path, _, attribute = targets.original_path(name).rpartition(".")
-            if attribute != "bias" or "_peftkern" in name or targets.matches(path, config.exclude_modules):
+        for name, _ in targets.named_parameters(model):
+            path, _, attribute = name.rpartition(".")
+            if attribute != "bias" or targets.matches(path, config.exclude_modules):
                 continue
             layers = config.layers_to_transform
             keep = {layers} if isinstance(layers, int) else layers
             if keep is not None and targets.block_index(model, path, config.layers_pattern) not in keep:
                 continue
             if config.target_modules is None or targets.matches(path, config.target_modules):
-                wanted.append(f"{path}.{attribute}" if path else attribute)
+                wanted.append(name)
         if not wanted:
             raise TargetError(f"{type(model).__name__} has no bias that target_modules={config.target_modules!r} matches")
         return wanted

@@ -27,9 +27,5 @@ class Full(Selection):
 
     @classmethod
     def select(cls, model: nn.Module, config: FullConfig) -> list[str]:
-        """Names of all floating-point parameters that are not an adapter's."""
-        return [
-            targets.original_path(name)
-            for name, p in model.named_parameters()
-            if "_peftkern" not in name and ".adapters." not in name and p.is_floating_point()
-        ]
+        """Names of all floating-point parameters."""
+        return [name for name, p in targets.named_parameters(model) if p.is_floating_point()]

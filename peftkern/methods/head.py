@@ -38,9 +38,8 @@ class Head(Selection):
         """Names of the head's parameters and of those in the last k blocks."""
         backbone = getattr(model, "base_model", model)
         inside = {id(p) for p in backbone.parameters()} if backbone is not model else set()
-        own = [(targets.original_path(n), p) for n, p in model.named_parameters() if "_peftkern" not in n]
+        own = list(targets.named_parameters(model))
         heads = [name for name, p in own if (id(p) not in inside if inside else _in_head(name))]
-        heads = [name for name in heads if ".adapters." not in name]
         if not heads and not config.last_k:
             raise TargetError(f"{type(model).__name__} has no task head outside its backbone: load it with one, or set last_k")
         stacks = targets.blocks(model)
@@ -48,7 +47,7 @@ class Head(Selection):
         config.require(config.last_k <= longest, "last_k", f"at most {longest}, the number of blocks")
         for path, stack in stacks if config.last_k else []:
             top = tuple(f"{path}.{i}." for i in range(len(stack) - config.last_k, len(stack)))
-            heads += [name for name, _ in own if name.startswith(top) and ".adapters." not in name]
+            heads += [name for name, _ in own if name.startswith(top)]
         return heads
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftkern import ops
+from peftkern import ops, targets
 from peftkern.adapter import LayerAdapter, LayerConfig, kaiming_
 from peftkern.base import BaseLayer
 
@@ -84,6 +84,7 @@ class LoRA(LayerAdapter):
         self.scale = config.lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.p = 0.0 if base.is_embedding else config.lora_dropout
         self.is_embedding, self.embed_scale = base.is_embedding, base.embed_scale
+        self.lookup = {key: getattr(base.module, key) for key in _LOOKUP} if base.is_embedding else {}
         self.keys = _EMBEDDING_KEYS if base.is_embedding else _LINEAR_KEYS  # type: ignore[misc]
         self._initialise(config)
 
@@ -92,16 +93,15 @@ class LoRA(LayerAdapter):
         """The backbone's own biases that train with it: all, or those of adapted modules."""
         if config.bias == "none":
             return []
-        biases = [name for name, _ in model.named_parameters() if name.split(".")[-1] == "bias"]
+        biases = [name for name, _ in targets.named_parameters(model) if name.split(".")[-1] == "bias"]
         paths = {site.path for site in cls.sites(model, config)}
-        names = [name.replace(".base_layer", "") for name in biases if "_peftkern" not in name]
-        return [name for name in names if config.bias == "all" or name.rpartition(".")[0] in paths]
+        return [name for name in biases if config.bias == "all" or name.rpartition(".")[0] in paths]
 
     def forward(self, base: BaseLayer, x: Tensor) -> Tensor:  # type: ignore[override]
         """Fused with the base's own product where that is a plain linear map, onto its output elsewhere."""
         if self.is_embedding:
             y = base(x)
-            hidden = F.embedding(x, self.a.T)
+            hidden = F.embedding(x, self.a.T, **self.lookup)
             return y + (self.scale * self.embed_scale * (hidden @ self.b.T)).to(y.dtype)
         p = self.p if self.training else 0.0
         linear = base.linear
@@ -128,6 +128,7 @@ class LoRA(LayerAdapter):
 
 
 _LINEAR_KEYS = {"a": "lora_A.weight", "b": "lora_B.weight"}
+_LOOKUP = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 _EMBEDDING_KEYS = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
 
 

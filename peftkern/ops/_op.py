@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peftkern import dispatch
+from peftkern.errors import BackendError
 
 Kwargs = dict[str, Any]
 
@@ -52,21 +54,22 @@ def autograd(
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(*args: Any) -> Any:
-            return forward(*args)
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = forward(*args)
+            setup_context(ctx, args, output)
+            return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             return gradients(backward, ctx, *grads)
 
-    Function.setup_context = staticmethod(setup_context)  # type: ignore[assignment, method-assign]
     Function.__name__ = Function.__qualname__ = name
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*args)
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return Function.apply(*args)
+            return Function.apply(*args)  # type: ignore[no-untyped-call]
         return forward(*args)
 
     return call
@@ -76,7 +79,7 @@ def kernel(backend: str, op: str) -> dispatch.Backend:
     """The loaded backend; `dispatch.choose` has already found that it runs."""
     loaded = dispatch.load(backend, op)
     if isinstance(loaded, str):
-        raise dispatch.BackendError(f"{op}: backend {backend!r}: {loaded}")
+        raise BackendError(f"{op}: backend {backend!r}: {loaded}")
     return loaded
 
 
@@ -103,7 +106,7 @@ def tracked() -> bool:
 
 def rows(x: Tensor) -> Tensor:
     """View x [..., C] as [M, C] with unit column stride; copies only where the strides do not allow it."""
-    flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(math.prod(x.shape[:-1]), 0)
     return flat if flat.stride(1) == 1 else flat.clone(memory_format=torch.contiguous_format)
 
 
@@ -112,9 +115,3 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
-
-
-def check(ok: bool, message: str) -> None:
-    """Raise ValueError with `message` unless `ok`."""
-    if not ok:
-        raise ValueError(message)

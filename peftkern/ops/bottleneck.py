@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern.errors import near
-from peftkern.ops._op import Op, autocast_dtype, autograd, check, choose, kernel, rows
-from peftkern.ops.dropout import dropout, new_seed
+from peftkern.ops._op import Op, autocast_dtype, autograd, choose, kernel, rows
+from peftkern.ops.dropout import check_probability, dropout, new_seed
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
 
 def reference(
@@ -71,12 +72,12 @@ def bottleneck(
     Raises ValueError for shapes that do not chain, an unknown activation and p outside [0, 1).
     """
     _check(x, down, up, down_bias, up_bias, residual, activation)
-    check(0.0 <= p < 1.0, f"dropout probability {p}: want 0 <= p < 1")
+    check_probability(p)
     own = residual is x and norm_weight is None
     x = x.to(autocast_dtype(x))
     if p > 0.0 and seed is None:
         seed = new_seed(x.device)
-    backend = choose("bottleneck", x, down, M=x.shape[:-1].numel(), K=down.shape[1], N=up.shape[0], R=down.shape[0])
+    backend = choose("bottleneck", x, down, M=math.prod(x.shape[:-1]), K=down.shape[1], N=up.shape[0], R=down.shape[0])
     if backend == "reference" or min(*down.shape, *up.shape) == 0:
         return reference(
             x,
@@ -166,7 +167,7 @@ def _backward(
 
 
 def _fake(x: Tensor, down: Tensor, _db: Any, up: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
-    m = x.shape[:-1].numel()
+    m = math.prod(x.shape[:-1])
     return x.new_empty(*x.shape[:-1], up.shape[0]), x.new_empty(m, down.shape[0], dtype=torch.float32)
 
 

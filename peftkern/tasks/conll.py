@@ -55,7 +55,7 @@ def read_conll(path: Path, encoding: str = "utf-8", token_column: int = -1, tag_
                 raise DataError(f"{path}, line {row.line}: tag {row.fields[tag]!r} is not O, B-TYPE or I-TYPE")
         if rows and rows[0].fields[word] != "-DOCSTART-":
             words, tags = (tuple(row.fields[column] for row in rows) for column in (word, tag))
-            sentences.append(Sentence(words, tags, f"{path}, line {rows[0].line}"))
+            sentences.append(Sentence(words, tags, str(path), tuple(row.line for row in rows)))
     return sentences
 
 
@@ -103,7 +103,9 @@ def _is_comment(line: str, separator: str | None) -> bool:
 
 def _tag_column(path: Path, blocks: list[list[_Row]], word: int, width: int) -> int:
     if width < word + 2:
-        raise DataError(f"{path}, line {blocks[0][0].line}: {_columns(blocks[0][0].fields)}: a tag must follow the word")
+        raise DataError(
+            f"{path}, line {blocks[0][0].line}: {_columns(blocks[0][0].fields)}: a tag must follow the word"
+        )
     rows = [row for block in blocks for row in block]
     valid = {column: sum(is_bio(row.fields[column]) for row in rows) for column in range(word + 1, width)}
     return max(valid, key=lambda column: (valid[column], column))

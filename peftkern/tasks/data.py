@@ -84,7 +84,7 @@ def load_sentences(source: Source, labels: Sequence[str] = ()) -> Splits[Sentenc
         columns = (_number(source.text_column, "text_column"), _number(source.label_column, "label_column"))
         return conll.read_conll(path, source.encoding, *columns)
 
-    sets = _read_sets(source, _SENTENCE_SUFFIXES, read, Sentence)
+    sets = _read_sets(source, _SENTENCE_SUFFIXES, read, Sentence, bool(labels))
     return _finish(source, sets, list(labels), tag_set, key=lambda sentence: any(tag != "O" for tag in sentence.tags))
 
 
@@ -99,7 +99,7 @@ def load_texts(source: Source, labels: Sequence[str] = ()) -> Splits[Text]:
 
     splits = _finish(
         source,
-        _read_sets(source, _TEXT_SUFFIXES, read, Text),
+        _read_sets(source, _TEXT_SUFFIXES, read, Text, bool(labels)),
         list(labels),
         label_set,
         key=lambda text: text.label,
@@ -141,19 +141,22 @@ def _number(column: str, setting: str) -> int:
 
 
 def _read_sets(
-    source: Source, suffixes: tuple[str, ...], read: Callable[[Path], list[Record]], kind: type[Record]
+    source: Source, suffixes: tuple[str, ...], read: Callable[[Path], list[Record]], kind: type[Record], labelled: bool
 ) -> dict[str, list[Record]]:
     path = locate(source.data)
     if path is None:
         if looks_like_id(source.data):
             return read_hub(source.data, source.data_config, kind, source.text_column, source.label_column)
         raise DataError(f"data: {source.data} does not exist, as it stands or below $PEFTKERN_DATA")
-    files = _files(path, source, suffixes)
+    files = _files(path, source, suffixes, labelled)
     return {split: [record for file in files[split] for record in read(file)] for split in SPLITS}
 
 
-def _files(path: Path, source: Source, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
-    """The files of each split: named by the settings, a single file, or found in the folder by their names."""
+def _files(path: Path, source: Source, suffixes: tuple[str, ...], labelled: bool) -> dict[str, list[Path]]:
+    """The files of each split: named by the settings, a single file, or found in the folder by their names.
+
+    Only where the labels are known already (`labelled`) there need be no training file.
+    """
     given = {"train": source.train_file, "dev": source.dev_file, "test": source.test_file}
     folder = path if path.is_dir() else path.parent
     for split, name in given.items():
@@ -161,12 +164,12 @@ def _files(path: Path, source: Source, suffixes: tuple[str, ...]) -> dict[str, l
             raise DataError(f"{split}_file: {folder / name} does not exist")
     found: dict[str, list[Path]] = {split: [folder / name] if name else [] for split, name in given.items()}
     if path.is_file():
-        found["train"] = found["train"] or [path]
+        found["train"] = found["train"] or ([path] if path.name not in given.values() else [])
         return found
     for file in sorted(path.iterdir()):
-        split = _split_of(file)
-        if split and file.suffix in suffixes and not given[split]:
-            found[split].append(file)
+        role = _split_of(file)
+        if role and file.suffix in suffixes and not given[role]:
+            found[role].append(file)
     # The intent files of snips come one per class, and its "validate" files are what everybody tests on.
     snips = all(file.suffix == ".json" for files in found.values() for file in files)
     if snips and not found["test"] and not given["dev"]:
@@ -175,7 +178,7 @@ def _files(path: Path, source: Source, suffixes: tuple[str, ...]) -> dict[str, l
         if len(files) > 1 and not snips:
             names = ", ".join(file.name for file in files)
             raise DataError(f"{path}: several files could be the {split} set ({names}); set {split}_file")
-    if not found["train"]:
+    if not any(found.values()) or not (found["train"] or labelled):
         raise DataError(
             f"{path}: no training file (a name with 'train' ending in {', '.join(suffixes)}) among "
             f"{', '.join(file.name for file in sorted(path.iterdir())) or 'no files'}; set train_file"
@@ -203,7 +206,7 @@ def _finish(
     train, dev = sets["train"], sets["dev"]
     if source.limit and source.limit < len(train):
         train, _ = stratified(train, source.limit, source.data_seed, key)
-    if not dev:
+    if not dev and (train or not sets["test"]):
         if len(train) < 2:
             raise DataError(f"{source.data}: {len(train)} training record, too few to split off a development set")
         dev, train = stratified(train, max(1, round(source.dev_share * len(train))), source.data_seed, key)

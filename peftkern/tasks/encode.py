@@ -81,7 +81,7 @@ def word_tags(predicted: npt.NDArray[np.int64], encoded: Encoded, labels: Sequen
 
 @dataclass(frozen=True)
 class Prompting:
-    """How texts become inputs: an optional template, the mask token of a masked-LM, and whether L_finetune needs x too."""
+    """How texts become inputs: in a template or not, with the mask token of a masked-LM, with the plain text or not."""
 
     template: Template | None = None
     mask_token: str = ""
@@ -150,6 +150,7 @@ class PairCollator:
         self._pad = DataCollatorWithPadding(tokenizer)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Pad and stack."""
         prompted = [{name: values for name, values in row.items() if not name.startswith(PLAIN)} for row in rows]
         batch = dict(self._pad(prompted))
         if any(name.startswith(PLAIN) for name in rows[0]):

@@ -42,32 +42,38 @@ def read_hub(
         raise DataError(f"data: {name!r} has no splits that can be read")
     if "train" not in loaded:
         raise DataError(f"data: {name!r} has no train split among {', '.join(loaded)}")
+    read: Any = _sentences if issubclass(kind, Sentence) else _texts
     sets: dict[str, list[Record]] = {}
     for split, names in _SPLIT_NAMES.items():
         found = next((candidate for candidate in names if candidate in loaded), None)
-        sets[split] = _records(name, split, loaded[found], kind, text_column, label_column) if found else []
+        sets[split] = read(name, split, loaded[found], text_column, label_column) if found else []
     return sets
 
 
-def _records(name: str, split: str, table: Any, kind: type[Record], text: str, label: str) -> list[Record]:
-    sentences = issubclass(kind, Sentence)
-    inputs = table[_column(name, table, text, WORD_NAMES if sentences else TEXT_NAMES, "text_column")]
-    label = _column(name, table, label, TAG_NAMES if sentences else LABEL_NAMES, "label_column")
-    feature = table.features[label]
-    classes = getattr(getattr(feature, "feature", feature), "names", None)  # of a list of class labels, or of one
-    records: list[Record] = []
-    for row, (value, target) in enumerate(zip(inputs, table[label], strict=True)):
+def _sentences(name: str, split: str, table: Any, text_column: str, label_column: str) -> list[Sentence]:
+    words = table[_column(name, table, text_column, WORD_NAMES, "text_column")]
+    label = _column(name, table, label_column, TAG_NAMES, "label_column")
+    classes = getattr(getattr(table.features[label], "feature", None), "names", None)
+    records = []
+    for row, (value, target) in enumerate(zip(words, table[label], strict=True)):
         source = f"{name} {split}, row {row}"
+        tags = tuple(classes[tag] if classes else str(tag) for tag in target)
+        if len(tags) != len(value) or not all(is_bio(tag) for tag in tags):
+            raise DataError(f"{source}: want one tag (O, B-TYPE or I-TYPE) for each of {len(value)} words")
+        if value:
+            records.append(Sentence(tuple(value), tags, source))
+    return records
+
+
+def _texts(name: str, split: str, table: Any, text_column: str, label_column: str) -> list[Text]:
+    texts = table[_column(name, table, text_column, TEXT_NAMES, "text_column")]
+    label = _column(name, table, label_column, LABEL_NAMES, "label_column")
+    classes = getattr(table.features[label], "names", None)
+    records = []
+    for row, (value, target) in enumerate(zip(texts, table[label], strict=True)):
         if target == -1:
-            raise DataError(f"{source}: the label is -1, as in a set whose labels are held back")
-        if sentences:
-            tags = tuple(classes[tag] if classes else str(tag) for tag in target)
-            if len(tags) != len(value) or not all(is_bio(tag) for tag in tags):
-                raise DataError(f"{source}: want one tag (O, B-TYPE or I-TYPE) for each of {len(value)} words")
-            if value:
-                records.append(kind(tuple(value), tags, source))
-        else:
-            records.append(kind(value, classes[target] if classes else str(target), source))
+            raise DataError(f"{name} {split}, row {row}: the label is -1, as in a set whose labels are held back")
+        records.append(Text(value, classes[target] if classes else str(target), f"{name} {split}, row {row}"))
     return records
 
 

@@ -8,20 +8,6 @@ from collections.abc import Sequence
 from seqeval import metrics as entities
 from sklearn import metrics as classes
 
-METRICS = {
-    "token-classification": ("f1", "precision", "recall", "accuracy"),
-    "text-classification": (
-        "accuracy",
-        "precision",
-        "recall",
-        "f1",
-        "precision_weighted",
-        "recall_weighted",
-        "f1_weighted",
-    ),
-}
-"""The metrics of each task; the first decides which checkpoint is best unless the settings say otherwise."""
-
 
 def entity_metrics(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
     """Micro precision, recall and F1 over whole entities (type and both ends right), and accuracy over words.
@@ -40,7 +26,7 @@ def entity_metrics(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[s
 
 
 def entity_report(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> str:
-    """seqeval's table of precision, recall, F1 and support per entity type."""
+    """Seqeval's table of precision, recall, F1 and support per entity type."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return str(entities.classification_report(gold, predicted, digits=3, zero_division=0))

@@ -98,7 +98,7 @@ def without_soft_prompts(model: nn.Module) -> Iterator[None]:
 
 
 def _at(values: Tensor, place: Tensor, input_ids: Tensor) -> Tensor:
-    """values [B, T + S, C] at `place` [B] of the text; the T rows of a soft prompt, if any, stand in front of it."""
+    """Values [B, T + S, C] at `place` [B] of the text; the T rows of a soft prompt, if any, stand in front of it."""
     shift = values.shape[1] - input_ids.shape[1]
     return values[torch.arange(len(place), device=place.device), place + shift]
 

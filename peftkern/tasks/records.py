@@ -10,11 +10,15 @@ from peftkern.errors import DataError, near
 
 @dataclass(frozen=True)
 class Sentence:
-    """Words and one tag per word (`O`, `B-TYPE` or `I-TYPE`); `source` is "file, line N" of the first word."""
+    """Words and one tag per word (`O`, `B-TYPE` or `I-TYPE`).
+
+    `source` says where the sentence is from; in a file with a line per word `lines` has the number of each.
+    """
 
     words: tuple[str, ...]
     tags: tuple[str, ...]
     source: str = ""
+    lines: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,14 @@ def check_labels(records: Sequence[Sentence] | Sequence[Text], labels: Sequence[
         found = record.tags if isinstance(record, Sentence) else (record.label,)
         for word, label in enumerate(found):
             if label not in known:
-                where = f" ({record.words[word]!r})" if isinstance(record, Sentence) else ""
                 raise DataError(
-                    f"{record.source or split}: unknown {'tag' if isinstance(record, Sentence) else 'label'} {label!r}"
-                    f"{where} in the {split} set; the training set has {', '.join(labels)}{near(label, labels)}"
+                    f"{_place(record, word)} {label!r} in the {split} set; the training set has {', '.join(labels)}"
+                    f"{near(label, labels)}"
                 )
+
+
+def _place(record: Sentence | Text, word: int) -> str:
+    if isinstance(record, Text):
+        return f"{record.source}: unknown label"
+    line = f", line {record.lines[word]}" if record.lines else ""
+    return f"{record.source}{line}: {record.words[word]!r} has the unknown tag"

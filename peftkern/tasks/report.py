@@ -13,8 +13,8 @@ from rich.table import Table
 
 from peftkern.errors import ConfigError
 from peftkern.tasks.curves import plot_curves
-from peftkern.tasks.metrics import METRICS
 from peftkern.tasks.run import HISTORY, RunResult
+from peftkern.tasks.settings import METRICS
 
 MARKDOWN, PICTURE, CURVES = "report.md", "report.png", "curves.png"
 _SHOWN = ("precision", "recall", "f1", "accuracy")
@@ -129,7 +129,7 @@ def _picture(results: Sequence[RunResult], names: Sequence[str], path: Path) -> 
     axes[0].set(xlim=(0, 1), yticks=list(rows), yticklabels=names)
     axes[0].invert_yaxis()
     axes[0].legend(fontsize="x-small")
-    columns = {
+    columns: dict[str, list[float]] = {
         "trainable parameters": [result.trainable for result in results],
         "seconds per epoch": [result.seconds_per_epoch for result in results],
         "peak memory, MiB": [result.peak_bytes / 2**20 for result in results],

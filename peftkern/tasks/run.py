@@ -1,4 +1,4 @@
-"""Train, evaluate and predict: from settings to a folder that holds adapter, labels, tokenizer, settings and results."""
+"""Train, evaluate and predict: from settings to a folder with adapter, labels, tokenizer, settings and results."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import set_seed
@@ -19,18 +20,19 @@ from peftkern import registry
 from peftkern.errors import ConfigError, DataError
 from peftkern.tasks import conll
 from peftkern.tasks.curves import plot_curves
-from peftkern.tasks.data import SPLITS
+from peftkern.tasks.data import SPLITS, locate
 from peftkern.tasks.encode import Encoded
 from peftkern.tasks.memory import PeakMemory
-from peftkern.tasks.metrics import METRICS
 from peftkern.tasks.records import Sentence, Text
-from peftkern.tasks.settings import FILE, TrainSettings
+from peftkern.tasks.settings import FILE, METRICS, TrainSettings
 from peftkern.tasks.task import Task, task_for
 from peftkern.tasks.textfile import read_lines
 from peftkern.tasks.trainer import CHECKPOINTS, AdapterTrainer, StepClock, last_checkpoint, make_trainer
 
 RESULT, LABELS, HISTORY, CURVES = "result.json", "labels.json", "history.json", "curves.png"
 _HEAD_TASK = {"token-classification": "TOKEN_CLS", "text-classification": "SEQ_CLS"}
+_CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+(?:[-'’][^\W{_CJK}]+)*|\S")
 _MAY_CHANGE = {"resume", "progress", "report_to", "overwrite"}
 
 
@@ -73,7 +75,9 @@ class RunResult:
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")) | {"folder": str(folder)})
         except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{folder} holds no finished run: {RESULT} is missing or not readable ({error})") from error
+            raise ConfigError(
+                f"{folder} holds no finished run: {RESULT} is missing or not readable ({error})"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def train(settings: TrainSettings) -> RunResult:
     model, new = task.build()
     if settings.method != "none":
         _attach(model, settings, new)
-    run = _Run(settings, folder, task, sets, _trainable(model))
+    run = _Run(settings, folder, task, sets, _trainable(model) if settings.method != "none" else 0)
     run.write_setup()
     trainer, clock = make_trainer(settings, task, model, sets["train"] if run.trains else None, sets["dev"], folder)
     memory = PeakMemory()
@@ -152,9 +156,16 @@ def train_all(settings: TrainSettings) -> list[RunResult]:
 def evaluate(run: Path | str, split: str = "test", **source: Any) -> Evaluation:
     """Metrics of a saved run on a split of its own data, or of other data (`data=...`, `encoding=...`).
 
-    Raises DataError for tags or classes that the run does not know, ConfigError for a folder without a run.
+    Other data that is a single file is taken whole, whatever `split`. Raises DataError for tags or classes that the
+    run does not know, ConfigError for a folder without a run.
     """
     task = _open(Path(run))
+    if "data" in source:
+        source = {"train_file": "", "dev_file": "", "test_file": "", "limit": 0} | source
+        path = locate(str(source["data"]))
+        if path is not None and path.is_file():
+            source |= {"data": str(path), "test_file": path.name}
+            split = "test"
     records = task.load(task.labels, **source).named(split)
     trainer = _restore(Path(run), task)
     encoded = task.encode(records)
@@ -179,35 +190,37 @@ class Predictor:
 
     def __call__(self, texts: Sequence[str] = (), file: Path | str | None = None) -> list[Prediction]:
         """As `predict`."""
-        lines = [text for text in texts if text.strip()]
-        if self.task.settings.task != "token-classification":
-            lines += [line for line in read_lines(Path(file), self.task.settings.encoding) if line.strip()] if file else []
-            _some(lines)
-            encoded = self.task.encode([Text(line, self.task.labels[0]) for line in lines])
-            labels = _predict(self.trainer, self.task, encoded)
-            return [Prediction(line, label=label) for line, label in zip(lines, labels, strict=True)]
-        sentences = [tuple(split_words(line)) for line in lines]
-        if file and Path(file).suffix in conll.SUFFIXES and Path(file).suffix != ".txt":
-            sentences += conll.read_conll_words(Path(file), self.task.settings.encoding)
-        elif file:
-            sentences += [tuple(split_words(line)) for line in read_lines(Path(file)) if line.strip()]
-        _some(sentences)
-        encoded = self.task.encode([Sentence(words, ("O",) * len(words)) for words in sentences])
-        tags = _predict(self.trainer, self.task, encoded)
-        return [
-            Prediction(" ".join(words), words=words, tags=tuple(found))
-            for words, found in zip(sentences, tags, strict=True)
-        ]
+        encoding = self.task.settings.encoding
+        if self.task.settings.task == "token-classification":
+            sentences = [split_words(text) for text in texts]
+            if file and Path(file).suffix in conll.SUFFIXES and Path(file).suffix != ".txt":
+                sentences += conll.read_conll_words(Path(file), encoding)
+            elif file:
+                sentences += [split_words(line) for line in read_lines(Path(file), encoding)]
+            sentences = [words for words in sentences if words]
+            pairs = zip(sentences, self.tags(sentences), strict=True)
+            return [Prediction(" ".join(words), words=words, tags=tuple(tags)) for words, tags in pairs]
+        lines = [*texts, *(read_lines(Path(file), encoding) if file else ())]
+        lines = [line for line in lines if line.strip()]
+        return [Prediction(line, label=label) for line, label in zip(lines, self.classes(lines), strict=True)]
+
+    def tags(self, sentences: Sequence[Sequence[str]]) -> list[list[str]]:
+        """A tag for every word of every sentence."""
+        return self._predict([Sentence(tuple(words), ("O",) * len(words)) for words in sentences])
+
+    def classes(self, texts: Sequence[str]) -> list[str]:
+        """A class for every text."""
+        return self._predict([Text(text, self.task.labels[0]) for text in texts])
+
+    def _predict(self, records: Sequence[Any]) -> list[Any]:
+        if not records:
+            raise DataError("predict: there is no text")
+        return _predict(self.trainer, self.task, self.task.encode(records))
 
 
-def split_words(text: str) -> list[str]:
+def split_words(text: str) -> tuple[str, ...]:
     """Words and punctuation marks of a running text; every Chinese or Japanese character is a word."""
-    return re.findall(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u9fff]+(?:[-'’][^\W\u3040-\u9fff]+)*|\S", text)
-
-
-def _some(items: Sequence[Any]) -> None:
-    if not items:
-        raise DataError("predict: there is no text")
+    return tuple(_WORD.findall(text))
 
 
 def _check_folder(settings: TrainSettings, folder: Path) -> RunResult | None:
@@ -342,7 +355,8 @@ def _trainable(model: torch.nn.Module) -> int:
 
 def _predict(trainer: AdapterTrainer, task: Task, encoded: Encoded) -> list[Any]:
     trainer.compute_metrics = None
-    return task.decode(trainer.predict(encoded.rows).predictions, encoded)
+    rows: Any = encoded.rows
+    return task.decode(np.asarray(trainer.predict(rows).predictions), encoded)
 
 
 def _is_spare(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The settings of one training run: from YAML and flags, checked before any model is loaded, saved beside the result."""
+"""The settings of a training run: from YAML and flags, checked before any model is loaded, saved beside the result."""
 
 from __future__ import annotations
 
@@ -21,6 +21,20 @@ TASKS = ("token-classification", "text-classification")
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
+METRICS = {
+    "token-classification": ("f1", "precision", "recall", "accuracy"),
+    "text-classification": (
+        "accuracy",
+        "precision",
+        "recall",
+        "f1",
+        "precision_weighted",
+        "recall_weighted",
+        "f1_weighted",
+    ),
+}
+"""The metrics of each task; the first decides which checkpoint is best unless `metric` says otherwise."""
+
 FILE = "settings.yaml"
 
 
@@ -92,6 +106,8 @@ class TrainSettings:
         _choice("task", self.task, TASKS)
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("schedule", self.schedule, SCHEDULES)
+        if self.metric:
+            _choice("metric", self.metric, METRICS[self.task])
         check_encoding(self.encoding)
         for name in ("epochs", "batch_size", "eval_batch_size", "accumulate", "lr", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -260,9 +276,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return tuple(tracker.strip() for tracker in names if tracker.strip() != "none")
     if name == "seeds":
         numbers = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-        return tuple(
-            _scalar(name, int(n) if isinstance(n, str) and n.strip().isdecimal() else n, int) for n in numbers
-        )
+        return tuple(_scalar(name, int(n) if isinstance(n, str) and n.strip().isdecimal() else n, int) for n in numbers)
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name}: want a mapping, got {value!r}")
     if name != "verbalizer":

@@ -18,8 +18,10 @@ from peftkern.tasks.records import Sentence
 
 SIZES = {"train": 640, "dev": 120, "test": 320}
 
-_STARTS = "al an bar bel bren cal cor dal del dor el fal fen gar gol hal har il jor kal kar kel lan lor mal mar mel".split()
-_STARTS += "nal nor or pel quin ral ren sal sel sor tal tar ter ul val var vel wes yar zan zel".split()
+_STARTS = """
+al an bar bel bren cal cor dal del dor el fal fen gar gol hal har il jor kal kar kel lan lor mal mar mel nal nor or pel
+quin ral ren sal sel sor tal tar ter ul val var vel wes yar zan zel
+""".split()
 _MIDDLES = ["", "a", "e", "i", "o", "an", "en", "ar", "or", "ist", "ov", "am"]
 _ENDS = "da den dor dra gan gen ka kin la len lin ma man mir na nik ra ran ris sa sen ta tor va vin vo wyn za".split()
 
@@ -27,8 +29,9 @@ _PERSON = ["{w} {w}", "{w} {w}", "{w}", "{i} {w}", "{w} {i} {w}", "{w} van {w}"]
 _TITLES = ["Mr", "Ms", "Dr", "Professor", "President", "Minister", "Judge", "Captain"]
 _PLACE = ["{w}", "{w}", "{w}", "Port {w}", "New {w}", "Lake {w}", "{w} Valley", "{w} Island", "North {w}"]
 _ORGANISATION = [
-    "{w}", "{w}", "{w} Group", "{w} Bank", "{w} & {w}", "{w} Airlines", "University of {w}", "{w} United", "{w} Institute",
-    "{w} City Council", "{w} Motors", "Ministry of {w} Affairs", "{w} and Sons", "The {w} Times", "{w} Foundation",
+    "{w}", "{w}", "{w} Group", "{w} Bank", "{w} & {w}", "{w} Airlines", "University of {w}", "{w} United",
+    "{w} Institute", "{w} City Council", "{w} Motors", "Ministry of {w} Affairs", "{w} and Sons", "The {w} Times",
+    "{w} Foundation",
 ]  # fmt: skip
 
 _PATTERNS = """

@@ -78,9 +78,9 @@ class Task(ABC):
         return compute
 
     def _read_backbone(self, words: bool) -> Any:
+        config = backbone.read_config(self.settings.model)
         self.tokenizer: PreTrainedTokenizerBase = backbone.read_tokenizer(self.settings.model, words)
         self.kind = self.settings.task
-        config = backbone.read_config(self.settings.model)
         limit = getattr(config, "max_position_embeddings", None)
         prompt = 0
         if self.settings.method != "none":
@@ -152,7 +152,9 @@ class TextTask(Task):
             if self.kind == backbone.MASKED and not template.has_mask:
                 raise ConfigError(f"template: a masked-LM head needs {{mask}} in {settings.template!r}")
             if self.kind == backbone.CAUSAL and template.after_mask.strip():
-                raise ConfigError(f"template: a causal-LM head answers at the end: nothing may follow {{mask}} in {settings.template!r}")
+                raise ConfigError(
+                    f"template: a causal-LM head answers at the end: {settings.template!r} must end on {{mask}}"
+                )
             space = template.before_mask[-1:].isspace() or self.kind == backbone.CAUSAL
             verbalizer = Verbalizer(settings.verbalizer, self.labels, tokenizer, space)
         causal = self.kind == backbone.CAUSAL
@@ -171,7 +173,7 @@ class TextTask(Task):
         model, new = super().build()
         if self.kind in (backbone.MASKED, backbone.CAUSAL):
             if new:
-                raise ConfigError(f"verbalizer: the language head of {self.settings.model!r} is not in its files ({', '.join(new)})")
+                raise ConfigError(f"verbalizer: {self.settings.model!r} has no weights for its head ({', '.join(new)})")
             if self.settings.lambda_:
                 hidden = model.config.get_text_config().hidden_size
                 model.add_module(FINETUNE_HEAD, nn.Linear(hidden, len(self.labels), dtype=model.dtype))

@@ -113,7 +113,7 @@ class Verbalizer:
         return ids
 
     def scores(self, logits: Tensor) -> Tensor:
-        """logits [B, V] at the masked position -> class scores [B, labels], f32."""
+        """Class scores [B, labels], f32, from the logits [B, V] at the masked position."""
         log_p = torch.log_softmax(logits.float(), dim=-1)
         return (log_p[:, self.ids.to(logits.device)] * self.weights.to(logits.device)).sum(-1)
 

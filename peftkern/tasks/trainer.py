@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,19 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 import peftkern as pk
 from peftkern.tasks.encode import Encoded
-from peftkern.tasks.metrics import METRICS
 from peftkern.tasks.objective import PromptObjective
-from peftkern.tasks.settings import OPTIMIZERS, TrainSettings
+from peftkern.tasks.settings import METRICS, OPTIMIZERS, TrainSettings
 from peftkern.tasks.task import Task
 
 CHECKPOINTS = "checkpoints"
@@ -37,9 +39,14 @@ class AdapterTrainer(Trainer):
     makes loss and scores in place of the model's own.
     """
 
-    def __init__(self, *args: Any, objective: PromptObjective | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.objective = objective
+    objective: PromptObjective | None = None
+    model: Any
+
+    @property
+    def adapted(self) -> nn.Module:
+        """The model that adapters are attached to."""
+        model: nn.Module = self.model
+        return model
 
     def compute_loss(
         self,
@@ -48,7 +55,7 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The objective's loss where there is one; scaled over accumulated batches exactly when the model's would be."""
+        """The objective's loss where there is one, scaled over accumulated batches just when the model's would be."""
         if self.objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         count = num_items_in_batch if self.model_accepts_loss_kwargs else None
@@ -58,13 +65,13 @@ class AdapterTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter; there is no other format."""
         if self.args.should_save:
-            pk.save(self.model, output_dir or self.args.output_dir)
+            pk.save(self.adapted, output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore(self.model if model is None else model, Path(resume_from_checkpoint))
+        restore(self.adapted if model is None else model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        restore(self.model, Path(self.state.best_model_checkpoint))
+        restore(self.adapted, Path(str(self.state.best_model_checkpoint)))
 
 
 class StepClock(TrainerCallback):
@@ -104,10 +111,11 @@ def make_trainer(
     if train is not None and "tensorboard" in settings.report_to:
         from torch.utils.tensorboard import SummaryWriter
 
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(folder / TENSORBOARD))))
+        board: Any = TensorBoardCallback
+        callbacks.append(board(SummaryWriter(str(folder / TENSORBOARD))))
     trainer = AdapterTrainer(
         model=model,
-        args=arguments(settings, folder, training=train is not None),
+        args=arguments(settings, folder, len(train.rows) if train is not None else 0),
         data_collator=task.collator,
         train_dataset=train.rows if train is not None else None,
         eval_dataset=dev.rows,
@@ -115,14 +123,17 @@ def make_trainer(
         compute_metrics=task.scorer(dev),
         preprocess_logits_for_metrics=best_class,
         callbacks=callbacks,
-        objective=task.objective,
     )
+    trainer.objective = task.objective
+    trainer.remove_callback(PrinterCallback)  # what takes the progress bar's place where that is off: a line per log
     return trainer, clock
 
 
-def arguments(settings: TrainSettings, folder: Path, training: bool = True) -> TrainingArguments:
-    """The settings in the words of transformers."""
+def arguments(settings: TrainSettings, folder: Path, records: int) -> TrainingArguments:
+    """The settings in the words of transformers, for so many training records; 0 is evaluation only."""
+    training = records > 0
     strategy = ("steps" if settings.eval_steps else "epoch") if training else "no"
+    steps = math.ceil(math.ceil(records / settings.batch_size) / settings.accumulate) * settings.epochs
     return TrainingArguments(
         output_dir=str(folder / CHECKPOINTS),
         num_train_epochs=settings.epochs,
@@ -136,8 +147,7 @@ def arguments(settings: TrainSettings, folder: Path, training: bool = True) -> T
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        **_checkpointing(settings),
         use_cpu=not torch.cuda.is_available(),
         seed=settings.seed,
         data_seed=settings.seed,  # the order of batches depends on nothing but the seed, so methods see the same ones
@@ -151,13 +161,20 @@ def arguments(settings: TrainSettings, folder: Path, training: bool = True) -> T
         greater_is_better=True,
         restore_callback_states_from_checkpoint=True,
         logging_strategy="steps",
-        logging_steps=0.02,
+        logging_steps=max(1, int(steps / 50)),
         disable_tqdm=not settings.progress,
         report_to=[tracker for tracker in settings.report_to if tracker != "tensorboard"] if training else [],
         run_name=folder.name,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def _checkpointing(settings: TrainSettings) -> dict[str, Any]:
+    """The option's name as the installed transformers has it: 5.2x renamed `gradient` to `activation`."""
+    known = {option.name for option in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if settings.gradient_checkpointing else {}
 
 
 def last_checkpoint(folder: Path) -> Path | None:

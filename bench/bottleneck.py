@@ -1,0 +1,150 @@
+"""bottleneck: y = x + drop(U · relu(D · x + b_d) + b_u), against plain PyTorch and its six matrix products alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftkern import dispatch, ops
+from peftkern.ops.bottleneck import reference
+
+from . import _peers
+from ._measure import SHORT, Case, Cost, Options, Runner, Values
+
+_HALF = torch.bfloat16
+_NAMES = ("x", "down", "up", "down_bias", "up_bias")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """x [m, k], D [r, k], U [k, r], dropout p; x in dtype, the adapter in adapter."""
+
+    m: int
+    k: int
+    r: int
+    p: float
+    dtype: torch.dtype
+    adapter: torch.dtype
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """2048 rows of small encoders on a CPU; hidden 768 to 8192 and bottlenecks of 16 to 256 on a GPU."""
+    f32 = torch.float32
+    if options.quick:
+        shapes = [Shape(64, 96, 12, 0.1, f32, f32), Shape(64, 96, 12, 0.1, _HALF, f32)]
+    elif options.device.type == "cpu":
+        sizes = ((384, 24), (768, 48), (768, 64), (2048, 128))
+        kinds = ((f32, f32), (_HALF, f32), (_HALF, _HALF))
+        shapes = [Shape(2048, k, r, p, *kind) for p in (0.1, 0.0) for k, r in sizes for kind in kinds]
+    else:
+        sweep = [(8192, 4096, 64, 0.1), (8192, 4096, 64, 0.0), (8192, 768, 48, 0.1), (8192, 2048, 128, 0.1)]
+        sweep += [(8192, 8192, 64, 0.1), (8192, 4096, 16, 0.1), (8192, 4096, 256, 0.1)]
+        sweep += [(128, 4096, 64, 0.1), (1024, 4096, 64, 0.1), (16384, 4096, 64, 0.1)]
+        shapes = [Shape(*size, _HALF, adapter) for adapter in (f32, _HALF) for size in sweep]
+    for shape in shapes:
+        yield _case(options, shape)
+
+
+def _case(options: Options, s: Shape) -> Case:
+    config = {"M": s.m, "R": s.r, "p": s.p, "adapter": str(s.adapter).removeprefix("torch."), "activation": "relu"}
+    label = f"{s.m}x{s.k}-{s.r} p{s.p:g} {SHORT[s.dtype]}/{SHORT[s.adapter]}"
+    inputs = functools.cache(lambda: _inputs(options.device, s))
+    providers: dict[str, Callable[[], Runner]] = {
+        "floor": lambda: _floor(inputs()),
+        "torch": lambda: _plain(inputs(), s),
+        "peftkern": lambda: _ours(inputs(), s),
+    }
+    if options.compile != "none":
+        providers["torch.compile"] = lambda: _plain(inputs(), s, options.compile)
+    x = ("K", "hidden width", s.k)
+    return Case(
+        "bottleneck", label, x, config, options.device, s.dtype, providers, lambda: _oracle(inputs(), s),
+        lambda: _cost(s),
+    )  # fmt: skip
+
+
+def _inputs(device: torch.device, s: Shape) -> dict[str, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def rand(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    return {
+        "x": rand(s.m, s.k).to(s.dtype),
+        "down": (rand(s.r, s.k) / s.k**0.5).to(s.adapter),
+        "up": (rand(s.k, s.r) / s.r**0.5).to(s.adapter),
+        "down_bias": rand(s.r).to(s.adapter),
+        "up_bias": rand(s.k).to(s.adapter),
+        "dy": rand(s.m, s.k).to(s.dtype),
+        "seed": torch.tensor([20240613], device=device),
+    }
+
+
+def _leaves(t: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    return {name: _peers.leaf(t[name] if dtype is None else t[name].to(dtype)) for name in _NAMES}
+
+
+def _floor(t: dict[str, Tensor]) -> Runner:
+    """The six products in x's dtype, into fresh outputs: two of the forward, four of the backward."""
+    x, dy = t["x"], t["dy"]
+    down, up = t["down"].to(x.dtype), t["up"].to(x.dtype)
+    z = x @ down.T
+
+    def forward() -> tuple[Tensor, Tensor]:
+        return torch.mm(x, down.T), torch.mm(z, up.T)
+
+    def backward(_: object) -> tuple[Tensor, ...]:
+        return torch.mm(dy.T, z), torch.mm(dy, up), torch.mm(z.T, x), torch.mm(z, down)
+
+    return Runner(forward, backward)
+
+
+def _ours(t: dict[str, Tensor], s: Shape) -> Runner:
+    leaves = _leaves(t)
+
+    def run(p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+        return ops.bottleneck(**leaves, residual=leaves["x"], p=p, seed=seed)  # type: ignore[arg-type]
+
+    backend = dispatch.choose("bottleneck", t["x"].device, s.dtype, M=s.m, K=s.k, N=s.k, R=s.r)
+    on = (lambda: run(s.p, t["seed"])) if s.p else None
+    weights = tuple(leaves[name] for name in _NAMES[1:])
+    return _peers.differentiable(
+        lambda: run(s.p), leaves, t["dy"], off=run, on=on, backend=backend, parameters=weights
+    )
+
+
+def _plain(t: dict[str, Tensor], s: Shape, mode: str | None = None) -> Runner:
+    leaves = _leaves(t)
+
+    def run(p: float = 0.0) -> Tensor:
+        x, down, up, down_bias, up_bias = leaves.values()
+        z = F.relu(F.linear(x.to(down.dtype), down, down_bias))
+        return x + F.dropout(F.linear(z, up, up_bias), p, training=p > 0).to(x.dtype)
+
+    call = run if mode is None else _peers.compiled(run, mode)
+    weights = tuple(leaves[name] for name in _NAMES[1:])
+    return _peers.differentiable(lambda: call(s.p), leaves, t["dy"], off=run, parameters=weights)
+
+
+def _oracle(t: dict[str, Tensor], s: Shape) -> Values:
+    leaves, dy = _leaves(t, torch.float64), t["dy"].double()
+
+    def run(p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+        return reference(**leaves, residual=leaves["x"], p=p, seed=seed)  # type: ignore[arg-type]
+
+    values = _peers.evaluate(run, leaves, dy)
+    if s.p:
+        values |= {f"{k}/dropout": v for k, v in _peers.evaluate(lambda: run(s.p, t["seed"]), leaves, dy).items()}
+    return values
+
+
+def _cost(s: Shape) -> Mapping[str, Cost]:
+    product, rows, adapter = 2 * s.m * s.k * s.r, s.m * s.k * s.dtype.itemsize, 2 * s.k * s.r * s.adapter.itemsize
+    forward = Cost(2 * product, 2 * rows + adapter)
+    backward = Cost(4 * product, 3 * rows + 2 * adapter)
+    return {"forward": forward, "backward": backward, "full": forward + backward}

@@ -1,0 +1,190 @@
+"""low_rank: y = x Wᵀ + s · B(A · drop(x)), forward and backward with W frozen, against peers and the bare base."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftkern import dispatch, ops
+from peftkern.ops.low_rank import reference
+
+from . import _peers
+from ._measure import SHORT, Case, Cost, Options, Runner, Values
+
+_SCALE = 2.0
+_HALF = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """x [m, k], W [n, k], rank r, dropout p; x and W in dtype, A and B in adapter."""
+
+    m: int
+    k: int
+    n: int
+    r: int
+    p: float
+    dtype: torch.dtype
+    adapter: torch.dtype
+    train: bool = True
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """Shapes of small encoders on a CPU; hidden 768 to 8192, rank 8 to 256, 128 to 16k tokens on a GPU."""
+    for shape in _shapes(options):
+        yield _case(options, shape)
+
+
+def _shapes(options: Options) -> Iterator[Shape]:
+    f32 = torch.float32
+    if options.quick:
+        yield Shape(64, 96, 160, 8, 0.1, f32, f32)
+        yield Shape(64, 96, 160, 8, 0.1, _HALF, f32)
+        return
+    if options.device.type == "cpu":
+        for p in (0.1, 0.0):
+            for k, n in ((384, 384), (384, 1536), (1536, 384), (768, 768)):
+                yield Shape(1024, k, n, 8, p, f32, f32)
+                yield Shape(1024, k, n, 8, p, _HALF, f32)
+        for dtype in (f32, _HALF):
+            yield Shape(1024, 768, 768, 64, 0.1, dtype, f32)
+            yield Shape(512, 2048, 2048, 16, 0.1, dtype, f32)
+            yield Shape(1, 64, 64, 8, 0.0, dtype, f32, train=False)
+        return
+    centre: dict[str, Any] = {"m": 8192, "k": 4096, "n": 4096, "r": 16, "p": 0.1}
+    sweep: list[dict[str, Any]] = [{}, {"p": 0.0}, {"k": 4096, "n": 14336}]
+    sweep += [{"k": h, "n": h} for h in (768, 2048, 8192)]
+    sweep += [{"r": r} for r in (8, 64, 256)] + [{"m": m} for m in (128, 1024, 16384)]
+    for adapter in (f32, _HALF):
+        for change in sweep:
+            yield Shape(**(centre | change), dtype=_HALF, adapter=adapter)
+    yield Shape(1, 4096, 4096, 16, 0.0, _HALF, f32, train=False)
+
+
+def _case(options: Options, shape: Shape) -> Case:
+    adapter = str(shape.adapter).removeprefix("torch.")
+    label = f"{shape.m}x{shape.k}->{shape.n} r{shape.r} p{shape.p:g} {SHORT[shape.dtype]}/{SHORT[shape.adapter]}"
+    config = {"M": shape.m, "N": shape.n, "R": shape.r, "p": shape.p, "adapter": adapter, "grad": shape.train}
+    inputs = functools.cache(lambda: _Inputs(options.device, shape))
+    providers: dict[str, Callable[[], Runner]] = {
+        "floor": lambda: _floor(inputs()),
+        "torch": lambda: _module(inputs(), _peers.LoraLinear),
+        "peftkern": lambda: _ours(inputs()),
+    }
+    if shape.p == 0.0 and not options.quick:
+        providers["addmm"] = lambda: _module(inputs(), _peers.AddmmLoraLinear)
+    if not options.quick:
+        providers["peft"] = lambda: _peft(inputs())
+    if options.compile != "none":
+        providers["torch.compile"] = lambda: _module(inputs(), _peers.LoraLinear, options.compile)
+    x = ("K", "input width", shape.k)
+    return Case(
+        "low_rank", label + ("" if shape.train else " no grad"), x, config, options.device, shape.dtype, providers,
+        lambda: _oracle(inputs()), lambda: _cost(shape),
+    )  # fmt: skip
+
+
+class _Inputs:
+    """Random tensors, the same for all providers of a case."""
+
+    def __init__(self, device: torch.device, shape: Shape) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def rand(*size: int, dtype: torch.dtype) -> Tensor:
+            return torch.randn(*size, generator=generator, device=device).to(dtype)
+
+        s = self.shape = shape
+        self.x, self.dy = rand(s.m, s.k, dtype=s.dtype), rand(s.m, s.n, dtype=s.dtype)
+        self.weight = (rand(s.n, s.k, dtype=torch.float32) / s.k**0.5).to(s.dtype)
+        self.bias = rand(s.n, dtype=s.dtype)
+        self.a = (rand(s.r, s.k, dtype=torch.float32) / s.k**0.5).to(s.adapter)
+        self.b = (rand(s.n, s.r, dtype=torch.float32) / s.r**0.5).to(s.adapter)
+        self.seed = torch.tensor([20240613], device=device)
+
+    def linear(self) -> nn.Linear:
+        """The frozen base layer."""
+        base = nn.Linear(self.shape.k, self.shape.n, device="meta")
+        base.weight = nn.Parameter(self.weight, requires_grad=False)
+        base.bias = nn.Parameter(self.bias, requires_grad=False)
+        return base
+
+
+def _runner(
+    t: _Inputs, function: Callable[[], Tensor], leaves: dict[str, Tensor], off: Callable[[], Tensor],
+    on: Callable[[], Tensor] | None = None, backend: str = "",
+) -> Runner:  # fmt: skip
+    if not t.shape.train:
+        return _peers.inference(function, backend=backend)
+    parameters = (t.weight, t.bias, *(leaves[name] for name in ("a", "b")))
+    return _peers.differentiable(function, leaves, t.dy, off=off, on=on, backend=backend, parameters=parameters)
+
+
+def _floor(t: _Inputs) -> Runner:
+    x = _peers.leaf(t.x)
+    if not t.shape.train:
+        return _peers.inference(lambda: F.linear(x, t.weight, t.bias), gated=False)
+    return _peers.differentiable(
+        lambda: F.linear(x, t.weight, t.bias), {"x": x}, t.dy, parameters=(t.weight, t.bias)
+    )
+
+
+def _ours(t: _Inputs) -> Runner:
+    x, a, b = _peers.leaf(t.x), _peers.leaf(t.a), _peers.leaf(t.b)
+
+    def run(p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+        return ops.low_rank(x, a, b, scale=_SCALE, weight=t.weight, bias=t.bias, p=p, seed=seed)
+
+    s = t.shape
+    backend = dispatch.choose("low_rank", x.device, s.dtype, M=s.m, K=s.k, N=s.n, R=s.r)
+    on = (lambda: run(s.p, t.seed)) if s.p else None
+    return _runner(t, lambda: run(s.p), {"x": x, "a": a, "b": b}, run, on, backend)
+
+
+def _module(t: _Inputs, kind: type[_peers.LoraLinear], mode: str | None = None) -> Runner:
+    x, layer = _peers.leaf(t.x), kind(t.linear(), t.a.clone(), t.b.clone(), _SCALE, t.shape.p)
+    call = layer if mode is None else _peers.compiled(layer, mode)
+    return _layer(t, layer, call, x, layer.a, layer.b)
+
+
+def _peft(t: _Inputs) -> Runner:
+    layer, a, b = _peers.peft_linear(t.linear(), t.a, t.b, _SCALE, t.shape.p)
+    return _layer(t, layer, layer, _peers.leaf(t.x), a, b)
+
+
+def _layer(t: _Inputs, layer: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, a: Tensor, b: Tensor) -> Runner:
+    def off() -> Tensor:
+        with _peers.evaluation(layer):
+            return call(x)
+
+    return _runner(t, lambda: call(x), {"x": x, "a": a, "b": b}, off)
+
+
+def _oracle(t: _Inputs) -> Values:
+    x, a, b = (_peers.leaf(v.double()) for v in (t.x, t.a, t.b))
+    weight, bias = t.weight.double(), t.bias.double()
+
+    def run(p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+        return reference(x, a, b, scale=_SCALE, weight=weight, bias=bias, p=p, seed=seed)
+
+    if not t.shape.train:
+        return {"y": run().detach()}
+    leaves, dy = {"x": x, "a": a, "b": b}, t.dy.double()
+    values = _peers.evaluate(run, leaves, dy)
+    if t.shape.p:
+        values |= {f"{k}/dropout": v for k, v in _peers.evaluate(lambda: run(t.shape.p, t.seed), leaves, dy).items()}
+    return values
+
+
+def _cost(s: Shape) -> Mapping[str, Cost]:
+    size, adapter = s.dtype.itemsize, (s.r * s.k + s.n * s.r) * s.adapter.itemsize
+    base, update, moved = 2 * s.m * s.k * s.n, 2 * s.m * s.r * (s.k + s.n), (s.m * (s.k + s.n) + s.n * s.k) * size
+    forward = Cost(base + update, moved + adapter)
+    backward = Cost(base + 2 * update, moved + s.m * s.k * size + 2 * adapter)
+    return {"forward": forward, "backward": backward, "full": forward + backward}
+

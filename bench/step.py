@@ -1,0 +1,422 @@
+"""One training step (forward and backward) of BERT-like and Llama-like models, per method, against its peers.
+
+The floor is the same frozen model with a gradient flowing through it and no adapter.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import peftkern as pk
+from peftkern import dispatch, registry
+
+from . import _peers
+from ._measure import FLOOR, OURS, SHORT, YARDSTICK, Case, Cost, Options, Runner, Values
+
+_HALF = torch.bfloat16
+_R, _ALPHA, _PROMPT = 8, 16.0, 20
+
+
+@dataclass(frozen=True)
+class Model:
+    """A random model of one family; `bert` sizes are those of the first table that peers are held against."""
+
+    name: str
+    family: str
+    batch: int
+    length: int
+    sizes: Mapping[str, Any] = field(hash=False)
+
+    def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The same weights at every call."""
+        from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, BertConfig, LlamaConfig
+
+        positions = self.length + _PROMPT
+        if self.family == "bert":
+            off: Any = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            config: Any = BertConfig(**self.sizes, **off, max_position_embeddings=max(512, positions))
+            config.num_labels = 9
+            make: Any = AutoModelForTokenClassification
+        else:
+            config = LlamaConfig(
+                **self.sizes, max_position_embeddings=max(2048, positions), use_cache=False, pad_token_id=0
+            )
+            make = AutoModelForCausalLM
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+            torch.manual_seed(0)
+            model: nn.Module = make.from_config(config, attn_implementation="sdpa")
+        return model.to(device, dtype).requires_grad_(False).train()
+
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """ids, mask of ones and labels [batch, length]."""
+        generator = torch.Generator().manual_seed(1)
+        shape = (self.batch, self.length)
+        ids = torch.randint(1, self.sizes["vocab_size"], shape, generator=generator)
+        labels = torch.randint(9, shape, generator=generator)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    @property
+    def all_linear(self) -> list[str]:
+        """Names of every linear layer in a block."""
+        if self.family == "bert":
+            return ["query", "key", "value", "dense"]
+        return ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+    def is_ffn_output(self, path: str) -> bool:
+        """Whether this linear layer ends a feed-forward network: where a bottleneck goes."""
+        return (path.endswith(".output.dense") and "attention" not in path) or path.endswith(".down_proj")
+
+    @property
+    def query_value(self) -> list[str]:
+        """Names of the query and value projections."""
+        return ["query", "value"] if self.family == "bert" else ["q_proj", "v_proj"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What trains: `kind` is lora, adapter, prompt or full; `targets` the linear layers that LoRA adapts."""
+
+    label: str
+    kind: str
+    p: float = 0.0
+    targets: str = ""
+
+
+METHODS = (
+    Method("lora all p0.1", "lora", 0.1, "all_linear"),
+    Method("lora q,v p0.1", "lora", 0.1, "query_value"),
+    Method("lora all p0", "lora", 0.0, "all_linear"),
+    Method("lora q,v p0", "lora", 0.0, "query_value"),
+    Method("bottleneck p0", "adapter"),
+    Method("bottleneck p0.1", "adapter", 0.1),
+    Method("prompt tuning", "prompt"),
+    Method("full", "full"),
+)
+LIMITS = {torch.float32: 1.25, torch.bfloat16: 1.35}
+"""Gates on LoRA on all linear layers with dropout .1 of the small BERT: at most so many times the floor."""
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """Every method on every model, the most telling ones first."""
+    for model, dtypes in _models(options):
+        methods = [METHODS[0], METHODS[4]] if options.quick else METHODS
+        for method in methods:
+            for dtype in dtypes:
+                yield _case(options, model, method, dtype)
+
+
+def method_cases(options: Options, name: str) -> Iterator[Case]:
+    """Any installed method, by name, with its default configuration, against the floor.
+
+    The gate compares with the same method on the reference backend. Raises UnknownMethodError.
+    """
+    registry.load(name)
+    for model, dtypes in _models(options):
+        for dtype in dtypes[:1] if options.quick else dtypes:
+            providers = {
+                FLOOR: functools.partial(_floor, options, model, dtype),
+                OURS: functools.partial(_by_name, options, model, dtype, name),
+            }
+            oracle = functools.partial(_by_name_reference, options, model, dtype, name)
+            yield _assemble(options, model, f"{name} defaults", dtype, {"method": name}, providers, oracle)
+
+
+def _models(options: Options) -> list[tuple[Model, tuple[torch.dtype, ...]]]:
+    both = (torch.float32, _HALF)
+    if options.quick:
+        tiny = (2, 16, 64, 2, 128, 500)
+        return [(_bert("bert-tiny", *tiny), both[:1]), (_llama("llama-tiny", *tiny), both[1:])]
+    small = _bert("bert-6x384", 8, 128, 384, 6, 1536, 30522)
+    if options.device.type == "cpu":
+        return [(small, both), (_llama("llama-4x512", 8, 64, 512, 4, 1408, 8192), both)]
+    return [
+        (_llama("llama-8b-layers", 2, 2048, 4096, 4, 14336, 32000), (_HALF,)),
+        (_bert("bert-large", 32, 256, 1024, 24, 4096, 30522), (_HALF,)),
+        (_llama("llama-1b", 4, 1024, 2048, 16, 8192, 32000), (_HALF,)),
+        (small, both),
+    ]
+
+
+def _bert(name: str, batch: int, length: int, hidden: int, layers: int, inner: int, vocabulary: int) -> Model:
+    sizes = {
+        "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner, "vocab_size": vocabulary,
+        "num_attention_heads": max(hidden // 32 if hidden < 768 else hidden // 64, 1),
+    }  # fmt: skip
+    return Model(name, "bert", batch, length, sizes)
+
+
+def _llama(name: str, batch: int, length: int, hidden: int, layers: int, inner: int, vocabulary: int) -> Model:
+    heads = max(hidden // 128 if hidden >= 2048 else hidden // 32, 2)
+    sizes = {
+        "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner, "vocab_size": vocabulary,
+        "num_attention_heads": heads, "num_key_value_heads": max(heads // 4, 1),
+    }  # fmt: skip
+    return Model(name, "llama", batch, length, sizes)
+
+
+def _case(options: Options, model: Model, method: Method, dtype: torch.dtype) -> Case:
+    build = functools.partial(_runner, options, model, method, dtype)
+    providers: dict[str, Callable[[], Runner]] = {
+        FLOOR: functools.partial(_floor, options, model, dtype),
+        YARDSTICK: functools.partial(build, _PLAIN[method.kind]),
+        OURS: functools.partial(build, _ours),
+    }
+    if method.kind == "lora" and method.p == 0.0 and not options.quick:
+        providers["addmm"] = functools.partial(build, _addmm_lora)
+    if method.kind in ("lora", "prompt") and not options.quick:
+        providers["peft"] = functools.partial(build, _peft)
+    if options.compile != "none" and method.kind == "lora":
+        providers["torch.compile"] = functools.partial(build, _PLAIN["lora"], mode=options.compile)
+        providers["peftkern.compile"] = functools.partial(build, _ours, mode=options.compile)
+    config = {"method": method.kind, "targets": method.targets, "p": method.p}
+    oracle = functools.partial(_reference, options, model, method, dtype)
+    gated = method is METHODS[0] and model.name == "bert-6x384" and options.device.type == "cpu"
+    limit = LIMITS[dtype] if gated else None
+    return _assemble(options, model, method.label, dtype, config, providers, oracle, limit)
+
+
+def _assemble(
+    options: Options,
+    model: Model,
+    label: str,
+    dtype: torch.dtype,
+    config: dict[str, Any],
+    providers: Mapping[str, Callable[[], Runner]],
+    oracle: Callable[[], Values],
+    limit: float | None = None,
+) -> Case:
+    whole = {"model": model.name, "batch": model.batch, "length": model.length, **config}
+    x = ("tokens", "tokens per step", model.batch * model.length)
+    label = f"{model.name} {label} {SHORT[dtype]}"
+    return Case("step", label, x, whole, options.device, dtype, providers, oracle,
+                lambda: _cost(options, model, dtype), limit)  # fmt: skip
+
+
+class _Step:
+    """A model with what trains in it: `trained` maps a name that every provider shares to a parameter."""
+
+    def __init__(self, model: Model, module: nn.Module, trained: dict[str, nn.Parameter]) -> None:
+        self.call: Callable[..., Any] = module
+        self.module, self.trained = module, trained
+        device = next(module.parameters()).device
+        self.batch = model.inputs(device)
+        self.labels = self.batch.pop("labels")
+
+    def forward(self) -> Tensor:
+        """Cross entropy over the text's own positions; rows of a prompt are cut off."""
+        logits = self.call(**self.batch).logits[:, -self.labels.shape[1] :]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).to(wide), self.labels.reshape(-1))
+
+    def reset(self) -> None:
+        """Forget all gradients."""
+        self.module.zero_grad(set_to_none=True)
+
+    def check(self) -> Values:
+        """Loss, and gradients gathered by kind of parameter, with dropout off."""
+        with _peers.evaluation(self.module):
+            self.reset()
+            loss = self.forward()
+            loss.backward()  # type: ignore[no-untyped-call]
+        missing = [name for name, p in self.trained.items() if p.grad is None]
+        if missing:
+            raise RuntimeError(f"{len(missing)} trained parameters have no gradient, the first is {missing[0]}")
+        kinds: dict[str, list[Tensor]] = {}
+        for name, parameter in sorted(self.trained.items()):
+            assert parameter.grad is not None
+            kinds.setdefault(name.split(":")[-1], []).append(parameter.grad.flatten())
+        self.reset()
+        return {"loss": loss.detach()} | {f"d {kind}": torch.cat(grads) for kind, grads in kinds.items()}
+
+    def runner(self, backend: str = "", gated: bool = True) -> Runner:
+        """The same as a Runner."""
+        return Runner(
+            self.forward, lambda loss: loss.backward(), self.check if gated else None, self.reset, backend,
+            tuple(self.module.parameters()),
+        )  # fmt: skip
+
+
+def _floor(options: Options, model: Model, dtype: torch.dtype) -> Runner:
+    return _floor_step(options, model, dtype).runner(gated=False)
+
+
+def _floor_step(options: Options, model: Model, dtype: torch.dtype) -> _Step:
+    module = model.build(options.device, dtype)
+    embedding = module.get_input_embeddings()  # type: ignore[operator]
+    embedding.register_forward_hook(lambda _module, _args, out: out.requires_grad_())
+    return _Step(model, module, {})
+
+
+Build = Callable[[Model, Method, nn.Module], tuple[nn.Module, dict[str, nn.Parameter]]]
+
+
+def _runner(
+    options: Options, model: Model, method: Method, dtype: torch.dtype, build: Build, mode: str | None = None
+) -> Runner:
+    """Build one provider and give its adapter the values that every provider gets."""
+    step = _step(options, model, method, dtype, build)
+    if mode is not None:
+        step.call = torch.compile(step.module, dynamic=False, mode=mode)
+    op = {"lora": "low_rank", "adapter": "bottleneck", "prompt": "prompt_concat"}.get(method.kind)
+    ours = build is _ours and op is not None
+    return step.runner(dispatch.choose(op or "", options.device, dtype) if ours else "")
+
+
+def _step(options: Options, model: Model, method: Method, dtype: torch.dtype, build: Build) -> _Step:
+    base = model.build(options.device, dtype)
+    module, trained = build(model, method, base)
+    if method.kind != "full":
+        for name, parameter in trained.items():
+            parameter.data.copy_(_value(name, parameter.shape))
+    return _Step(model, module.train(), trained)
+
+
+def _value(name: str, shape: torch.Size) -> Tensor:
+    """Adapter weights drawn from a seed made of their name: nothing at zero, so that every gradient is one."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    spread = 0.1 if len(shape) == 1 else shape[-1] ** -0.5
+    return torch.randn(shape, generator=generator) * (0.1 * spread if name.endswith((":b", ":up")) else spread)
+
+
+def _reference(options: Options, model: Model, method: Method, dtype: torch.dtype) -> Values:
+    """Plain PyTorch in float64, on weights rounded to the dtype under test."""
+    step = _step(options, model, method, dtype, _PLAIN[method.kind])
+    step.module.double()
+    return step.check()
+
+
+@functools.cache
+def _cost(options: Options, model: Model, dtype: torch.dtype) -> Mapping[str, Cost]:
+    """Operations of the floor's matrix products and attention, counted by PyTorch; bytes are not counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    step = _floor_step(options, model, dtype)
+    with FlopCounterMode(display=False) as forward:
+        loss = step.forward()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()  # type: ignore[no-untyped-call]
+    costs = {"forward": Cost(forward.get_total_flops()), "backward": Cost(backward.get_total_flops())}
+    return costs | {"full": costs["forward"] + costs["backward"]}
+
+
+def _ours(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    configs: dict[str, Callable[[], Any]] = {
+        "lora": lambda: pk.LoraConfig(
+            r=_R, lora_alpha=_ALPHA, lora_dropout=method.p, target_modules=getattr(model, method.targets)
+        ),
+        "adapter": lambda: pk.BottleneckConfig(placement="ffn", dropout=method.p),
+        "prompt": lambda: pk.PromptTuningConfig(num_virtual_tokens=_PROMPT),
+        "full": lambda: pk.FullConfig(keep_original=False),
+    }
+    pk.attach(base, configs[method.kind]())
+    if method.kind == "full":
+        return base, _whole(base)
+    trained = {name: p for name, p in base.named_parameters() if p.requires_grad}
+    if method.kind == "prompt":
+        return base, {"prompt:prompt": p for p in trained.values()}  # noqa: B035 - it is one
+    return base, {name.replace(".adapters.default.", ":"): p for name, p in trained.items()}
+
+
+def _plain_lora(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    return _replace_lora(model, method, base, _peers.LoraLinear)
+
+
+def _addmm_lora(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    return _replace_lora(model, method, base, _peers.AddmmLoraLinear)
+
+
+def _replace_lora(
+    model: Model, method: Method, base: nn.Module, kind: type[_peers.LoraLinear]
+) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    trained: dict[str, nn.Parameter] = {}
+    names = getattr(model, method.targets)
+    for path, linear in _linears(base, lambda path: path.split(".")[-1] in names):
+        a, b = torch.empty(_R, linear.in_features), torch.empty(linear.out_features, _R)
+        layer = kind(linear, a.to(linear.weight.device), b.to(linear.weight.device), _ALPHA / _R, method.p)
+        base.set_submodule(path, layer)
+        trained |= {f"{path}:a": layer.a, f"{path}:b": layer.b}
+    return base, trained
+
+
+def _plain_bottleneck(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    trained: dict[str, nn.Parameter] = {}
+    for path, linear in _linears(base, model.is_ffn_output):
+        layer = _peers.BottleneckLinear(linear, linear.out_features // 16, method.p, torch.float32)
+        base.set_submodule(path, layer)
+        trained |= {f"{path}:{n}": p for n, p in layer.named_parameters() if not n.startswith("base.")}
+    return base, trained
+
+
+def _plain_prompt(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    module = _peers.PromptModel(base, _PROMPT)
+    return module, {"prompt:prompt": module.prompt}
+
+
+def _plain_full(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    return base.requires_grad_(True), _whole(base)
+
+
+def _peft(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    if method.kind == "prompt":
+        task = "TOKEN_CLS" if model.family == "bert" else "CAUSAL_LM"
+        module = _peers.peft_model(base, "PromptTuningConfig", task_type=task, num_virtual_tokens=_PROMPT)
+        rows: nn.Parameter = module.get_submodule("prompt_encoder.default.embedding").weight  # type: ignore[assignment]
+        module.requires_grad_(False)
+        rows.requires_grad_()
+        return module, {"prompt:prompt": rows}
+    names = getattr(model, method.targets)
+    module = _peers.peft_model(
+        base, "LoraConfig", r=_R, lora_alpha=_ALPHA, lora_dropout=method.p, target_modules=names, bias="none"
+    )
+    kinds = {"lora_A.default.weight": "a", "lora_B.default.weight": "b"}
+    trained = {}
+    for name, parameter in module.named_parameters():
+        for end, kind in kinds.items():
+            if name.endswith(end):
+                trained[f"{name.removeprefix('base_model.model.').removesuffix('.' + end)}:{kind}"] = parameter
+    return module, trained
+
+
+_PLAIN: Mapping[str, Build] = {
+    "lora": _plain_lora,
+    "adapter": _plain_bottleneck,
+    "prompt": _plain_prompt,
+    "full": _plain_full,
+}
+
+
+def _linears(base: nn.Module, wanted: Callable[[str], bool]) -> list[tuple[str, nn.Linear]]:
+    return [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear) and wanted(n)]
+
+
+def _whole(base: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of the model, matrices and vectors as two kinds."""
+    return {f"{n}:{'matrix' if p.dim() > 1 else 'vector'}": p for n, p in base.named_parameters()}
+
+
+def _by_name(options: Options, model: Model, dtype: torch.dtype, name: str) -> Runner:
+    ops = ("low_rank", "bottleneck", "prompt_concat")
+    backends = sorted({dispatch.choose(op, options.device, dtype) for op in ops})
+    return _by_name_step(options, model, dtype, name).runner("/".join(backends))
+
+
+def _by_name_step(options: Options, model: Model, dtype: torch.dtype, name: str) -> _Step:
+    base = model.build(options.device, dtype)
+    torch.manual_seed(0)
+    pk.attach(base, registry.load(name).Config())
+    trained = {f"{n}:all": p for n, p in base.named_parameters() if p.requires_grad}
+    return _Step(model, base.train(), trained)
+
+
+def _by_name_reference(options: Options, model: Model, dtype: torch.dtype, name: str) -> Values:
+    with pk.use_backend("reference"):
+        return _by_name_step(options, model, dtype, name).check()

@@ -1,0 +1,387 @@
+// Prompt rows in front of the first real token of every row, with mask, positions and labels; and the gradients.
+// On the LibTorch stable ABI: compiles against any torch >= 2.10, a CPU build included.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cassert>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+
+namespace peftkern {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;
+constexpr int kVectorBytes = 16;
+constexpr int64_t kMostBlocks = int64_t{1} << 30;  // the grid's x dimension ends at 2^31 - 1; kernels stride beyond
+
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float to_float(__half x) { return __half2float(x); }
+__device__ void from_float(float x, float* out) { *out = x; }
+__device__ void from_float(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
+__device__ void from_float(float x, __half* out) { *out = __float2half_rn(x); }
+
+struct Sizes {
+  int64_t batch, length, prompt, hidden;
+  __host__ __device__ int64_t out() const { return length + prompt; }
+};
+
+// ---- kernels
+
+// One block a row: start[b] is the first nonzero of mask[b], or 0; then mask, positions and labels of the new row.
+__global__ void rows_kernel(const int64_t* mask, const int64_t* labels, Sizes n, int64_t* start, int64_t* mask_out,
+                            int64_t* positions, int64_t* labels_out) {
+  __shared__ unsigned long long first;
+  __shared__ int64_t warp_sums[kThreads / kWarp];
+  __shared__ int64_t carried;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int64_t b = blockIdx.x; b < n.batch; b += gridDim.x) {
+    if (threadIdx.x == 0) first = static_cast<unsigned long long>(n.length), carried = 0;
+    __syncthreads();
+    for (int64_t s = threadIdx.x; s < n.length; s += kThreads) {
+      if (mask[b * n.length + s] == 0) continue;
+      atomicMin(&first, static_cast<unsigned long long>(s));
+      break;
+    }
+    __syncthreads();
+    const int64_t begin = static_cast<int64_t>(first) == n.length ? 0 : static_cast<int64_t>(first);
+    if (threadIdx.x == 0) start[b] = begin;
+    // An inclusive prefix sum of the new mask, kThreads positions at a time.
+    for (int64_t j0 = 0; j0 < n.out(); j0 += kThreads) {
+      const int64_t j = j0 + threadIdx.x;
+      const bool inside = j < n.out(), is_prompt = j >= begin && j < begin + n.prompt;
+      const int64_t from = b * n.length + (j < begin ? j : j - n.prompt), to = b * n.out() + j;
+      const int64_t own = !inside ? 0 : is_prompt ? 1 : mask[from];
+      int64_t sum = own;
+      for (int step = 1; step < kWarp; step *= 2) {
+        const int64_t before = __shfl_up_sync(0xffffffffu, sum, step);
+        if (lane >= step) sum += before;
+      }
+      if (lane == kWarp - 1) warp_sums[warp] = sum;
+      __syncthreads();
+      int64_t total = carried;
+      for (int w = 0; w < warp; ++w) total += warp_sums[w];
+      total += sum;
+      __syncthreads();
+      if (threadIdx.x == kThreads - 1) carried = total;
+      if (inside) {
+        mask_out[to] = own;
+        positions[to] = total > 0 ? total - 1 : 0;
+        if (labels) labels_out[to] = is_prompt ? -100 : labels[from];
+      }
+      __syncthreads();
+    }
+    __syncthreads();
+  }
+}
+
+// Finds out which source row an output row is; shared by the embeddings' forward pass.
+template <class T, class P>
+struct Rows {
+  const int64_t* ids;  // null: source is [B, S, H]
+  const T* source;
+  int64_t vocabulary;
+  const P* prompt;
+  const int64_t* start;
+  Sizes n;
+};
+
+// A warp a row. Rows of the source are copied 16 bytes a lane where everything is aligned (VECTOR), prompt rows are
+// converted element by element unless they have the same dtype.
+template <class T, class P, bool VECTOR>
+__global__ void embeds_kernel(Rows<T, P> rows, T* out) {
+  const Sizes n = rows.n;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp; i < n.batch * n.out();
+       i += stride) {
+    const int64_t b = i / n.out(), j = i % n.out(), t = j - rows.start[b];
+    T* to = out + i * n.hidden;
+    const bool is_prompt = t >= 0 && t < n.prompt;
+    const T* from = nullptr;
+    if (is_prompt) {
+      if constexpr (std::is_same_v<T, P>) {
+        from = rows.prompt + t * n.hidden;
+      } else {
+        const P* p = rows.prompt + t * n.hidden;
+        for (int64_t h = lane; h < n.hidden; h += kWarp) from_float(to_float(p[h]), to + h);
+        continue;
+      }
+    } else {
+      int64_t row = b * n.length + (t < 0 ? j : j - n.prompt);
+      if (rows.ids) {
+        row = rows.ids[row];
+        assert(row >= 0 && row < rows.vocabulary && "prompt_concat: id out of range");
+      }
+      from = rows.source + row * n.hidden;
+    }
+    if constexpr (VECTOR) {
+      const int64_t vectors = n.hidden * static_cast<int64_t>(sizeof(T)) / kVectorBytes;
+      for (int64_t v = lane; v < vectors; v += kWarp)
+        reinterpret_cast<uint4*>(to)[v] = reinterpret_cast<const uint4*>(from)[v];
+    } else {
+      for (int64_t h = lane; h < n.hidden; h += kWarp) to[h] = from[h];
+    }
+  }
+}
+
+// d_embeds: a warp a row, the forward copy backwards.
+template <class T, bool VECTOR>
+__global__ void d_embeds_kernel(const T* dout, const int64_t* start, Sizes n, T* d_embeds) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp; i < n.batch * n.length;
+       i += stride) {
+    const int64_t b = i / n.length, s = i % n.length;
+    const T* from = dout + (b * n.out() + (s < start[b] ? s : s + n.prompt)) * n.hidden;
+    T* to = d_embeds + i * n.hidden;
+    if constexpr (VECTOR) {
+      const int64_t vectors = n.hidden * static_cast<int64_t>(sizeof(T)) / kVectorBytes;
+      for (int64_t v = lane; v < vectors; v += kWarp)
+        reinterpret_cast<uint4*>(to)[v] = reinterpret_cast<const uint4*>(from)[v];
+    } else {
+      for (int64_t h = lane; h < n.hidden; h += kWarp) to[h] = from[h];
+    }
+  }
+}
+
+// d_prompt: a thread an element, the batch summed in order, so that the result does not vary.
+template <class T>
+__global__ void d_prompt_kernel(const T* dout, const int64_t* start, Sizes n, float* d_prompt) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n.prompt * n.hidden; i += stride) {
+    const int64_t t = i / n.hidden, h = i % n.hidden;
+    float sum = 0.0f;
+    for (int64_t b = 0; b < n.batch; ++b) sum += to_float(dout[(b * n.out() + start[b] + t) * n.hidden + h]);
+    d_prompt[i] = sum;
+  }
+}
+
+__global__ void start_kernel(const int64_t* mask, Sizes n, int64_t* start) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
+  for (int64_t b = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp; b < n.batch;
+       b += stride) {
+    int64_t found = 0;
+    for (int64_t s0 = 0; s0 < n.length; s0 += kWarp) {
+      const int64_t s = s0 + lane;
+      const unsigned ones = __ballot_sync(0xffffffffu, s < n.length && mask[b * n.length + s] != 0);
+      if (ones == 0) continue;
+      found = s0 + __ffs(static_cast<int>(ones)) - 1;
+      break;
+    }
+    if (lane == 0) start[b] = found;
+  }
+}
+
+// ---- host
+
+void that(bool ok, const std::string& message) { STD_TORCH_CHECK(ok, message); }
+
+std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+void check_tensor(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want,
+                  const Tensor& like) {
+  const std::string who = std::string(op) + ": " + name;
+  that(t.is_cuda() && t.get_device_index() == like.get_device_index(), who + " is not on the CUDA device of the mask");
+  bool same = t.dim() == static_cast<int64_t>(want.size());
+  std::string text = "[";
+  int64_t i = 0;
+  for (int64_t n : want) {
+    text += (i ? ", " : "") + std::to_string(n);
+    same = same && i < t.dim() && t.size(i) == n;
+    ++i;
+  }
+  that(same, who + " has shape " + shape_text(t) + ", want " + text + "]");
+  that(t.is_contiguous(), who + " is not contiguous");
+}
+
+void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
+  that(t.scalar_type() == want, std::string(op) + ": " + name + " has dtype " +
+                                    torch::headeronly::toString(t.scalar_type()) + ", want " +
+                                    torch::headeronly::toString(want));
+}
+
+template <class F>
+void with_dtype(const char* op, const char* name, const Tensor& t, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return f(static_cast<float*>(nullptr));
+    case ScalarType::BFloat16:
+      return f(static_cast<__nv_bfloat16*>(nullptr));
+    case ScalarType::Half:
+      return f(static_cast<__half*>(nullptr));
+    default:
+      that(false, std::string(op) + ": " + name + " has dtype " + torch::headeronly::toString(t.scalar_type()) +
+                      ", want Float, BFloat16 or Half");
+  }
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+cudaStream_t stream_of(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+unsigned blocks_for(int64_t items, int64_t items_per_block) {
+  const int64_t blocks = (items + items_per_block - 1) / items_per_block;
+  return static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
+}
+
+bool aligned(std::initializer_list<const void*> pointers, int64_t row_bytes) {
+  bool ok = row_bytes % kVectorBytes == 0;
+  for (const void* p : pointers) ok = ok && reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
+  return ok;
+}
+
+Sizes check_mask(const char* op, const Tensor& mask, int64_t prompt, int64_t hidden) {
+  that(mask.dim() == 2, std::string(op) + ": mask has shape " + shape_text(mask) + ", want [B, S]");
+  check_tensor(op, "mask", mask, {mask.size(0), mask.size(1)}, mask);
+  check_dtype(op, "mask", mask, ScalarType::Long);
+  return {mask.size(0), mask.size(1), prompt, hidden};
+}
+
+template <class T, class P>
+void launch_embeds(const Rows<T, P>& rows, const Tensor& out, cudaStream_t stream) {
+  const int64_t count = rows.n.batch * rows.n.out();
+  if (count == 0 || rows.n.hidden == 0) return;
+  const unsigned blocks = blocks_for(count, kThreads / kWarp);
+  T* to = data<T>(out);
+  if (aligned({rows.source, rows.prompt, to}, rows.n.hidden * static_cast<int64_t>(sizeof(T))))
+    embeds_kernel<T, P, true><<<blocks, kThreads, 0, stream>>>(rows, to);
+  else
+    embeds_kernel<T, P, false><<<blocks, kThreads, 0, stream>>>(rows, to);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_concat_forward(const std::optional<Tensor>& ids, const Tensor& source,
+                                                                 const Tensor& prompt, const Tensor& mask,
+                                                                 const std::optional<Tensor>& labels) {
+  constexpr const char* kOp = "prompt_concat_forward";
+  that(prompt.dim() == 2, std::string(kOp) + ": prompt has shape " + shape_text(prompt) + ", want [T, H]");
+  const Sizes n = check_mask(kOp, mask, prompt.size(0), prompt.size(1));
+  check_tensor(kOp, "prompt", prompt, {n.prompt, n.hidden}, mask);
+  if (ids.has_value()) {
+    that(source.dim() == 2, std::string(kOp) + ": table has shape " + shape_text(source) + ", want [V, H]");
+    check_tensor(kOp, "table", source, {source.size(0), n.hidden}, mask);
+    check_tensor(kOp, "ids", *ids, {n.batch, n.length}, mask);
+    check_dtype(kOp, "ids", *ids, ScalarType::Long);
+  } else {
+    check_tensor(kOp, "embeds", source, {n.batch, n.length, n.hidden}, mask);
+  }
+  if (labels.has_value()) {
+    check_tensor(kOp, "labels", *labels, {n.batch, n.length}, mask);
+    check_dtype(kOp, "labels", *labels, ScalarType::Long);
+  }
+  const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
+  Tensor out = torch::stable::new_empty(source, {n.batch, n.out(), n.hidden});
+  Tensor start = torch::stable::new_empty(mask, {n.batch});
+  Tensor mask_out = torch::stable::new_empty(mask, {n.batch, n.out()});
+  Tensor positions = torch::stable::new_empty(mask, {n.batch, n.out()});
+  Tensor labels_out =
+      labels.has_value() ? torch::stable::new_empty(mask, {n.batch, n.out()}) : torch::stable::new_empty(mask, {0});
+  const cudaStream_t stream = stream_of(mask);
+  if (n.batch > 0) {
+    rows_kernel<<<blocks_for(n.batch, 1), kThreads, 0, stream>>>(
+        data<int64_t>(mask), labels.has_value() ? data<int64_t>(*labels) : nullptr, n, data<int64_t>(start),
+        data<int64_t>(mask_out), data<int64_t>(positions), labels.has_value() ? data<int64_t>(labels_out) : nullptr);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  with_dtype(kOp, ids.has_value() ? "table" : "embeds", source, [&](auto* t) {
+    with_dtype(kOp, "prompt", prompt, [&](auto* p) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      using P = std::remove_pointer_t<decltype(p)>;
+      const Rows<T, P> rows{ids.has_value() ? data<int64_t>(*ids) : nullptr,
+                            data<T>(source),
+                            source.size(0),
+                            data<P>(prompt),
+                            data<int64_t>(start),
+                            n};
+      launch_embeds(rows, out, stream);
+    });
+  });
+  return {out, mask_out, positions, labels_out};
+}
+
+template <class T>
+void launch_backward(const Tensor& dout, const Tensor& start, const Sizes& n, const Tensor& d_prompt,
+                     const Tensor* d_embeds, cudaStream_t stream) {
+  const T* from = data<T>(dout);
+  if (n.prompt * n.hidden > 0) {
+    d_prompt_kernel<T><<<blocks_for(n.prompt * n.hidden, kThreads), kThreads, 0, stream>>>(from, data<int64_t>(start),
+                                                                                           n, data<float>(d_prompt));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  const int64_t count = n.batch * n.length;
+  if (d_embeds == nullptr || count == 0 || n.hidden == 0) return;
+  const unsigned blocks = blocks_for(count, kThreads / kWarp);
+  T* to = data<T>(*d_embeds);
+  if (aligned({from, to}, n.hidden * static_cast<int64_t>(sizeof(T))))
+    d_embeds_kernel<T, true><<<blocks, kThreads, 0, stream>>>(from, data<int64_t>(start), n, to);
+  else
+    d_embeds_kernel<T, false><<<blocks, kThreads, 0, stream>>>(from, data<int64_t>(start), n, to);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+std::tuple<Tensor, Tensor> prompt_concat_backward(const Tensor& dout, const Tensor& mask, int64_t prompt_length,
+                                                  bool need_embeds) {
+  constexpr const char* kOp = "prompt_concat_backward";
+  that(dout.dim() == 3, std::string(kOp) + ": dout has shape " + shape_text(dout) + ", want [B, T + S, H]");
+  that(prompt_length >= 0, std::string(kOp) + ": T is " + std::to_string(prompt_length) + ", want at least 0");
+  const Sizes n = check_mask(kOp, mask, prompt_length, dout.size(2));
+  check_tensor(kOp, "dout", dout, {n.batch, n.out(), n.hidden}, mask);
+  const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
+  Tensor start = torch::stable::new_empty(mask, {n.batch});
+  Tensor d_prompt = torch::stable::new_empty(dout, {n.prompt, n.hidden}, ScalarType::Float);
+  Tensor d_embeds =
+      need_embeds ? torch::stable::new_empty(dout, {n.batch, n.length, n.hidden}) : torch::stable::new_empty(dout, {0});
+  const cudaStream_t stream = stream_of(mask);
+  if (n.batch > 0) {
+    start_kernel<<<blocks_for(n.batch, kThreads / kWarp), kThreads, 0, stream>>>(data<int64_t>(mask), n,
+                                                                                 data<int64_t>(start));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  with_dtype(kOp, "dout", dout, [&](auto* t) {
+    launch_backward<std::remove_pointer_t<decltype(t)>>(dout, start, n, d_prompt, need_embeds ? &d_embeds : nullptr,
+                                                        stream);
+  });
+  return {d_prompt, d_embeds};
+}
+
+}  // namespace
+}  // namespace peftkern
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peftkern_cuda, m) {
+  m.def(
+      "prompt_concat_forward(Tensor? ids, Tensor source, Tensor prompt, Tensor mask, Tensor? labels) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("prompt_concat_backward(Tensor dout, Tensor mask, int T, bool need_embeds) -> (Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(peftkern_cuda, CUDA, m) {
+  m.impl("prompt_concat_forward", TORCH_BOX(&peftkern::prompt_concat_forward));
+  m.impl("prompt_concat_backward", TORCH_BOX(&peftkern::prompt_concat_backward));
+}

@@ -1,0 +1,131 @@
+"""Where kernels run: facts about the device, launches, and launches recorded for compilation ahead of time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Device(NamedTuple):
+    """What a launch has to know about the device: table key, multiprocessors, last-level cache in bytes."""
+
+    arch: str
+    processors: int
+    cache: int
+
+
+class Launch(NamedTuple):
+    """One recorded launch: the jit function, its positional arguments, constexprs and options."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+# Few processors and a small cache, so that small tests split as large inputs do on a GPU.
+_INTERPRETER = Device("interpreter", 4, 1 << 14)
+_recorded: tuple[Device, list[Launch]] | None = None
+
+
+@functools.cache
+def _cuda_facts(index: int) -> Device:
+    props = torch.cuda.get_device_properties(index)
+    cache = int(getattr(props, "L2_cache_size", 0)) or 32 << 20
+    if torch.version.hip is not None:
+        return Device(str(props.gcnArchName).split(":")[0], props.multi_processor_count, cache)
+    return Device(f"sm{props.major}{props.minor}", props.multi_processor_count, cache)
+
+
+def device_of(x: torch.Tensor) -> Device:
+    """Facts of x's device, cached."""
+    if _recorded is not None:
+        return _recorded[0]
+    if x.device.type != "cuda":
+        return _INTERPRETER
+    return _cuda_facts(x.device.index)
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to the current device: make it x's for the length of a `with`."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **keywords: Any) -> None:
+    """Launch a kernel on the current device and stream, or note the launch inside `recording`."""
+    if _recorded is not None:
+        _recorded[1].append(Launch(kernel, args, keywords))
+    else:
+        kernel[grid](*args, **keywords, enable_fp_fusion=True)
+
+
+@contextlib.contextmanager
+def recording(device: Device) -> Iterator[list[Launch]]:
+    """Collect the launches that calls on meta tensors would make on `device`; nothing runs."""
+    global _recorded
+    launches: list[Launch] = []
+    _recorded = (device, launches)
+    try:
+        yield launches
+    finally:
+        _recorded = None
+
+
+class Source(NamedTuple):
+    """What `triton.compile` needs for one kernel variant: name, jit function, types, constants, hints, options."""
+
+    name: str
+    fn: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attrs: dict[tuple[int], list[list[Any]]]
+    options: dict[str, Any]
+
+
+def sources(device: Device, calls: Iterator[tuple[str, Callable[[], object]]]) -> Iterator[Source]:
+    """The kernel variants that calls on meta tensors would launch on `device`, named "call: kernel"."""
+    for name, call in calls:
+        with recording(device) as launches:
+            call()
+        for record in launches:
+            yield _source(f"{name}: {record.kernel.fn.__name__}", record)
+
+
+_OPTIONS = ("num_warps", "num_stages")
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+
+
+def _source(name: str, record: Launch) -> Source:
+    """Types and hints as Triton's own launcher finds them, for pointers aligned to 16 bytes."""
+    arguments = dict(zip(record.kernel.arg_names, record.args, strict=False))
+    arguments |= {key: value for key, value in record.keywords.items() if key not in _OPTIONS}
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    attrs: dict[tuple[int], list[list[Any]]] = {}
+    for position, parameter in enumerate(record.kernel.params):
+        value = arguments[parameter.name]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and special):
+            signature[parameter.name] = "constexpr"
+            constexprs[parameter.name] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and special):
+            attrs[(position,)] = [["tt.divisibility", 16]]
+    options = {key: value for key, value in record.keywords.items() if key in _OPTIONS}
+    return Source(name, record.kernel, signature, constexprs, attrs, options | {"enable_fp_fusion": True})

@@ -1,0 +1,142 @@
+"""The yardstick of every numerical test: an implementation may err twice as much as PyTorch does in the same dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Values = dict[str, Tensor]
+
+
+def assert_as_good_as_torch(
+    reference: Callable[..., Any],
+    run: Callable[..., Any],
+    kwargs: Mapping[str, Any],
+    *,
+    grads: Iterable[str] | None = None,
+    factor: float = 2.0,
+) -> None:
+    """Check `run(**kwargs)` against `reference` in float64; raise AssertionError with every tensor that is off.
+
+    The oracle is `reference` with all floating-point tensors of `kwargs` in float64, the budget of each tensor is
+    `factor` times the error of `reference` in the dtypes given, plus a floor of about an eighth of the dtype's epsilon
+    (more for a handful of elements, where PyTorch's own error may be nil by chance). Errors are ‖got - want‖ / ‖want‖.
+    Compared are all outputs and, for an upstream gradient drawn from a fixed seed, the gradients of the tensors named
+    in `grads`; None means those that require grad, and it is a ValueError when none does, since half of the test would
+    be missing. Shape and dtype must be those of `reference`, integer outputs equal. One tensor given under two names
+    stays one.
+    """
+    names = _differentiated(kwargs, grads)
+    want = _evaluate(reference, kwargs, names, torch.float64)
+    torchs = _evaluate(reference, kwargs, names, None)
+    got = _evaluate(run, kwargs, names, None)
+    if list(got) != list(want):
+        raise AssertionError(f"got {list(got)}, wanted {list(want)}")
+    failures = [line for key in want if (line := _compare(key, got[key], torchs[key], want[key], factor))]
+    if failures:
+        raise AssertionError("less accurate than torch allows:\n  " + "\n  ".join(failures))
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """‖got - want‖ / ‖want‖ in float64; ∞ unless both have the same NaN and infinities.
+
+    Where `want` is zero, or empty, the numerator alone.
+    """
+    got, want = got.detach().double(), want.detach().double()
+    finite = want.isfinite()
+    if not torch.equal(got.where(~finite, 0.0).nan_to_num(), want.where(~finite, 0.0).nan_to_num()):
+        return math.inf
+    if not torch.equal(got.isfinite(), finite):
+        return math.inf
+    norm = float(want[finite].norm())
+    return float((got - want)[finite].norm()) / (norm or 1.0)
+
+
+def _differentiated(kwargs: Mapping[str, Any], grads: Iterable[str] | None) -> list[str]:
+    floating = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    if grads is None:
+        names = [name for name, value in floating.items() if value.requires_grad]
+        if floating and not names:
+            raise ValueError("no tensor requires grad: name those to differentiate in `grads`, or pass () for none")
+        return names
+    names = list(grads)
+    if unknown := [name for name in names if name not in floating]:
+        raise ValueError(f"grads={names}: {unknown[0]!r} is no floating-point tensor of {list(kwargs)}")
+    return names
+
+
+def _evaluate(
+    function: Callable[..., Any], kwargs: Mapping[str, Any], names: list[str], dtype: torch.dtype | None
+) -> Values:
+    """Outputs and gradients on fresh copies, so that functions may write in place; what was one tensor stays one."""
+    wanted = {id(kwargs[name]) for name in names}
+    tensors = {id(v): v for v in kwargs.values() if isinstance(v, Tensor)}
+    copies = {key: _copy(value, dtype, key in wanted) for key, value in tensors.items()}
+    # The function sees an alias: autograd forbids writing in place into a leaf that requires grad.
+    aliases = {key: copy.view_as(copy) for key, copy in copies.items()}
+    outputs = _named_outputs(function(**{k: aliases[id(v)] if isinstance(v, Tensor) else v for k, v in kwargs.items()}))
+    values = {key: value.detach() for key, value in outputs.items()}
+    roots = {key: value for key, value in outputs.items() if value.requires_grad}
+    if not names:
+        return values
+    if not roots:
+        raise AssertionError(f"no output depends on {names}: nothing requires grad")
+    leaves = {id(kwargs[name]): (name, copies[id(kwargs[name])]) for name in reversed(names)}
+    upstream = [_upstream(index, value) for index, value in enumerate(roots.values())]
+    found = torch.autograd.grad(
+        list(roots.values()), [leaf for _, leaf in leaves.values()], upstream, allow_unused=True
+    )
+    for (name, leaf), gradient in zip(leaves.values(), found, strict=True):
+        values[f"grad of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return values
+
+
+def _copy(value: Tensor, dtype: torch.dtype | None, requires_grad: bool) -> Tensor:
+    target = dtype if dtype is not None and value.is_floating_point() else value.dtype
+    # Same strides, overlapping ones excepted: an expanded tensor has fewer places than elements.
+    overlapping = any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True))
+    if overlapping:
+        return value.detach().to(target, copy=True).requires_grad_(requires_grad)
+    copy = torch.empty_strided(value.shape, value.stride(), dtype=target, device=value.device)
+    return copy.copy_(value.detach()).requires_grad_(requires_grad)
+
+
+def _named_outputs(result: Any) -> Values:
+    """Tensors of a tensor, tuple, named tuple, dataclass-like or mapping result; None entries are left out."""
+    if isinstance(result, Tensor):
+        return {"output": result}
+    if isinstance(result, Mapping):
+        items = list(result.items())
+    elif hasattr(result, "_asdict"):
+        items = list(result._asdict().items())
+    elif isinstance(result, (tuple, list)):
+        items = [(f"output {index}", value) for index, value in enumerate(result)]
+    else:
+        items = list(vars(result).items())
+    return {str(key): value for key, value in items if isinstance(value, Tensor)}
+
+
+def _upstream(index: int, output: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 + index)
+    # Rounded to bf16 at once, so that every dtype is given the same numbers.
+    drawn = torch.randn(output.shape, generator=generator).bfloat16()
+    return drawn.to(output.device, output.dtype)
+
+
+def _compare(key: str, got: Tensor, torchs: Tensor, want: Tensor, factor: float) -> str | None:
+    if got.shape != torchs.shape or got.dtype != torchs.dtype:
+        have, need = (f"{t.dtype} {tuple(t.shape)}" for t in (got, torchs))
+        return f"{key}: is {have}, wanted {need}"
+    if not got.is_floating_point():
+        return None if torch.equal(got, torchs) else f"{key}: {int((got != torchs).sum())} integers differ"
+    epsilon = torch.finfo(got.dtype).eps
+    floor = epsilon * (0.125 + 0.5 / math.sqrt(max(got.numel(), 1)))
+    error, own = relative_error(got, want), relative_error(torchs, want)
+    budget = factor * own + floor
+    if error <= budget or (math.isinf(own) and torch.equal(got.nan_to_num(), torchs.nan_to_num())):
+        return None
+    return f"{key}: error {error:.3g}, torch's own in {got.dtype} {own:.3g}, budget {budget:.3g}"

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+
+from peftkern.testing import MODELS, TinyModel
+
+# One thread: the models are tiny, and threads that wait for each other cost more than they do.
+torch.set_num_threads(1)
+
+# An installed peftkern has registered its plugin by itself; a bare checkout has not.
+if not any(point.value == "peftkern.testing.plugin" for point in entry_points(group="pytest11")):
+    pytest_plugins = ["peftkern.testing.plugin"]
+
+
+@pytest.fixture(params=list(MODELS))
+def family(request: pytest.FixtureRequest) -> TinyModel:
+    """A BERT-, GPT-2- and Llama-like model in turn: `family.build()` and `family.batch()`."""
+    return MODELS[request.param]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU and, where there is one, the GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA or ROCm device")
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)

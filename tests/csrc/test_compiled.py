@@ -1,0 +1,245 @@
+"""The compiled CPU kernels on their own: instruction sets, threads, strides, block edges and bad arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftkern.ops.dropout import keep_mask, threshold
+
+C = pytest.importorskip("peftkern._C", reason="the compiled extension is not built")
+
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+AVAILABLE = LEVELS[: LEVELS.index(C.cpu_capability()) + 1]
+PAIRS = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.float16),
+]
+# Rounding steps of one value: f32 sums; half results; half operands of pair products.
+EPSILON = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+SEED = torch.tensor([987654321987])
+ops = torch.ops.peftkern_cpu
+
+
+@pytest.fixture(autouse=True)
+def _lift_force() -> Iterator[None]:
+    yield
+    C.force_isa(None)
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+
+def mask(m: int, c: int, p: float) -> Tensor:
+    if p == 0.0:
+        return torch.ones(m, c, dtype=torch.float64)
+    return (keep_mask(SEED, m, c) >= threshold(p)).double() / (1.0 - p)
+
+
+def assert_near(got: Tensor, want: Tensor, epsilon: float) -> None:
+    """Errors below epsilon of a typical magnitude; sums over up to a few hundred terms."""
+    assert got.shape == want.shape
+    error = (got.double() - want).abs().max().item()
+    assert error <= epsilon * (want.abs().mean() + 0.1 * want.abs().max()).item() * 4
+
+
+def tolerances(isa: str, t: torch.dtype, p: torch.dtype) -> tuple[float, float]:
+    """(of results in t, of f32 gradients): bf16 pairs round what they multiply."""
+    pairs = isa == "avx512_bf16" and t == p == torch.bfloat16
+    return EPSILON[t], EPSILON[torch.bfloat16] if pairs else 5e-6
+
+
+def low_rank_case(m: int, k: int, n: int, r: int, t: torch.dtype, p: torch.dtype) -> tuple[Tensor, ...]:
+    torch.manual_seed(m * 7 + k)
+    a, b = rand(r, k, dtype=p) / k**0.5, rand(n, r, dtype=p) / r**0.5
+    return rand(m, k, dtype=t), a, b, rand(m, n, dtype=t), rand(m, n, dtype=t), rand(m, k, dtype=t)
+
+
+# Around every edge: 3 rows, 8 columns of a tile, 16 lanes, 48 and 96 columns of a block, 48 and 64 rows of a chunk.
+SIZES = [(1, 1, 1, 1), (2, 15, 17, 3), (47, 48, 49, 4), (48, 96, 95, 8), (49, 97, 144, 9), (64, 33, 31, 5)]
+SIZES += [(65, 200, 130, 13), (130, 47, 193, 33), (97, 600, 64, 130)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(("t", "w"), PAIRS, ids=str)
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_low_rank_matches_float64(isa: str, t: torch.dtype, w: torch.dtype, p: float) -> None:
+    C.force_isa(isa)
+    half, grad = tolerances(isa, t, w)
+    for m, k, n, r in SIZES:
+        x, a, b, y, dy, dx = low_rank_case(m, k, n, r, t, w)
+        dropped, x64, a64, b64, dy64 = mask(m, k, p), x.double(), a.double(), b.double(), dy.double()
+        out, d_in = y.clone(), dx.clone()
+        h = ops.low_rank_forward(x, a, b, out, 0.7, p, SEED)
+        da, db = ops.low_rank_backward(dy, x, a, b, h, d_in, 0.7, p, SEED, True, True)
+        h64, dh64 = (x64 * dropped) @ a64.T, 0.7 * dy64 @ b64
+        assert_near(h, h64, 2e-6)
+        assert_near(out, y.double() + 0.7 * h64 @ b64.T, half)
+        assert_near(d_in, dx.double() + dropped * (dh64 @ a64), half)
+        assert_near(da, dh64.T @ (x64 * dropped), grad)
+        assert_near(db, 0.7 * dy64.T @ h64, grad)
+
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_bottleneck_matches_float64(isa: str, act: str, p: float) -> None:
+    C.force_isa(isa)
+    for (t, w), (m, k, n, r) in zip(PAIRS * 2, SIZES, strict=False):
+        half, grad = tolerances(isa, t, w)
+        x, down, up, residual, dy, _ = low_rank_case(m, k, n, r, t, w)
+        down_bias, up_bias = rand(r, dtype=w), rand(n, dtype=w)
+        leaves = [v.double().requires_grad_() for v in (x, down, down_bias, up, up_bias)]
+        pre64 = leaves[0] @ leaves[1].T + leaves[2]
+        branch = mask(m, n, p) * 0.7 * (ACTIVATIONS[act](pre64) @ leaves[3].T + leaves[4])
+        y, pre = ops.bottleneck_forward(x, down, down_bias, up, up_bias, residual, act, 0.7, p, SEED)
+        assert_near(pre, pre64.detach(), 2e-6)
+        assert_near(y, (residual.double() + branch).detach(), half)
+        wanted = torch.autograd.grad(branch, leaves, dy.double())
+        got = ops.bottleneck_backward(dy, x, pre, down, up, act, 0.7, p, SEED, False, True)
+        assert_near(got[0], wanted[0], half)
+        # A pre-activation on relu's kink may fall on the other side of it in f32.
+        for one, want in zip(got[1:], wanted[1:], strict=True):
+            assert_near(one, want, grad * 4)
+        if n == k:
+            dx = ops.bottleneck_backward(dy, x, pre, down, up, act, 0.7, p, SEED, True, True)[0]
+            assert_near(dx, wanted[0] + dy.double(), half)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_activations_hold_over_the_whole_range(isa: str, act: str) -> None:
+    C.force_isa(isa)
+    x = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0, 1e4, -1e4])])
+    one, zero = torch.ones(1, 1), torch.zeros(1)
+    y, pre = ops.bottleneck_forward(x[:, None], one, zero, one, zero, None, act, 1.0, 0.0, None)
+    x64 = x.double().requires_grad_()
+    want = ACTIVATIONS[act](x64)
+    (slope,) = torch.autograd.grad(want.sum(), x64)
+    dx = ops.bottleneck_backward(torch.ones_like(y), x[:, None], pre, one, one, act, 1.0, 0.0, None, False, True)[0]
+    torch.testing.assert_close(y[:, 0].double(), want.detach(), rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(dx[:, 0].double(), slope, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_threads_do_not_change_a_bit(isa: str) -> None:
+    C.force_isa(isa)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            x, a, b, y, dy, dx = low_rank_case(300, 200, 136, 12, torch.float32, torch.float32)
+            h = ops.low_rank_forward(x, a, b, y, 0.5, 0.2, SEED)
+            da, db = ops.low_rank_backward(dy, x, a, b, h, dx, 0.5, 0.2, SEED, True, True)
+            out, pre = ops.bottleneck_forward(x, a, None, b, None, None, "gelu", 0.5, 0.2, SEED)
+            grads = ops.bottleneck_backward(dy, x, pre, a, b, "gelu", 0.5, 0.2, SEED, False, True)
+            results.append([h, y, dx, da, db, out, pre, *grads])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+def test_row_strides_do_not_change_a_bit() -> None:
+    x, a, b, y, dy, dx = low_rank_case(70, 50, 60, 6, torch.bfloat16, torch.float32)
+    wide_x, wide_dy = torch.full((70, 83), torch.nan).to(x.dtype), torch.full((70, 61), torch.nan).to(x.dtype)
+    wide_x[:, :50], wide_dy[:, :60] = x, dy
+    y2, dx2 = y.clone(), dx.clone()
+    h = ops.low_rank_forward(x, a, b, y, 0.5, 0.1, SEED)
+    h2 = ops.low_rank_forward(wide_x[:, :50], a, b, y2, 0.5, 0.1, SEED)
+    grads = ops.low_rank_backward(dy, x, a, b, h, dx, 0.5, 0.1, SEED, True, True)
+    grads2 = ops.low_rank_backward(wide_dy[:, :60], wide_x[:, :50], a, b, h2, dx2, 0.5, 0.1, SEED, True, True)
+    for one, two in zip((h, y, dx, *grads), (h2, y2, dx2, *grads2), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_dropped_elements_are_not_read_as_numbers(isa: str) -> None:
+    C.force_isa(isa)
+    x, a, b, y, dy, _ = low_rank_case(40, 70, 50, 5, torch.bfloat16, torch.bfloat16)
+    x[mask(40, 70, 0.5) == 0] = torch.nan
+    h = ops.low_rank_forward(x, a, b, y, 1.0, 0.5, SEED)
+    da, _ = ops.low_rank_backward(dy, x, a, b, h, None, 1.0, 0.5, SEED, True, False)
+    assert not h.isnan().any() and not y.isnan().any() and not da.isnan().any()
+
+
+def test_prompt_concat_puts_the_prompt_before_the_first_token() -> None:
+    ids, table, prompt = torch.tensor([[0, 1, 2], [3, 1, 0]]), rand(4, 5), rand(2, 5, dtype=torch.bfloat16)
+    attention, labels = torch.tensor([[0, 1, 1], [1, 1, 0]]), torch.tensor([[7, 8, 9], [4, 5, 6]])
+    out, new_mask, positions, new_labels = ops.prompt_concat_forward(ids, table, prompt, attention, labels)
+    left = torch.cat([table[[0]], prompt.float(), table[[1, 2]]])
+    right = torch.cat([prompt.float(), table[[3, 1, 0]]])
+    assert torch.equal(out, torch.stack([left, right]))
+    assert new_mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert positions.tolist() == [[0, 0, 1, 2, 3], [0, 1, 2, 3, 3]]
+    assert new_labels.tolist() == [[7, -100, -100, 8, 9], [-100, -100, 4, 5, 6]]
+    d_prompt, d_embeds = ops.prompt_concat_backward(out, attention, 2, True)
+    assert torch.equal(d_prompt, 2 * prompt.float())
+    assert torch.equal(d_embeds, table[ids])
+
+
+def bad_calls() -> Iterator[tuple[str, str, list[object]]]:
+    x, a, b, y, dy, dx = low_rank_case(4, 6, 5, 3, torch.float32, torch.float32)
+    h = rand(4, 3)
+    yield "low_rank_forward", r"a has shape \[3, 5\], want \[3, 6\]", [x, rand(3, 5), b, y, 1.0, 0.0, None]
+    yield "low_rank_forward", r"b has shape \[5, 4\], want \[5, 3\]", [x, a, rand(5, 4), y, 1.0, 0.0, None]
+    yield "low_rank_forward", "x has dtype Double", [x.double(), a, b, y, 1.0, 0.0, None]
+    yield "low_rank_forward", "y has dtype BFloat16, want Float", [x, a, b, y.bfloat16(), 1.0, 0.0, None]
+    yield "low_rank_forward", "y is not contiguous", [x, a, b, rand(4, 9)[:, :5], 1.0, 0.0, None]
+    yield "low_rank_forward", "x has stride 2", [rand(4, 12)[:, ::2], a, b, y, 1.0, 0.0, None]
+    yield "low_rank_forward", "x has 1 dimensions", [rand(6), a, b, y, 1.0, 0.0, None]
+    yield "low_rank_forward", "M is 0", [rand(0, 6), a, b, rand(0, 5), 1.0, 0.0, None]
+    yield "low_rank_forward", "p is 1", [x, a, b, y, 1.0, 1.0, SEED]
+    yield "low_rank_forward", "seed is None", [x, a, b, y, 1.0, 0.5, None]
+    yield "low_rank_forward", "seed has", [x, a, b, y, 1.0, 0.5, torch.tensor([1, 2])]
+    yield "low_rank_backward", r"h has shape \[4, 2\]", [dy, x, a, b, rand(4, 2), dx, 1.0, 0.0, None, True, True]
+    yield "low_rank_backward", "h has dtype Half", [dy, x, a, b, h.half(), dx, 1.0, 0.0, None, True, True]
+    yield "bottleneck_forward", "act is 'swish'", [x, a, None, b, None, None, "swish", 1.0, 0.0, None]
+    yield "bottleneck_forward", "act is", [x, a, None, b, None, None, "an activation with a long name", 1.0, 0.0, None]
+    yield "bottleneck_forward", "up_bias has shape", [x, a, None, b, rand(6), None, "relu", 1.0, 0.0, None]
+    yield "bottleneck_forward", "residual has shape", [x, a, None, b, None, x, "relu", 1.0, 0.0, None]
+    yield "bottleneck_backward", "add_dy needs N == K", [dy, x, h, a, b, "relu", 1.0, 0.0, None, True, True]
+    ids, ones = torch.tensor([[0, 9]]), torch.ones(1, 2, dtype=torch.int64)
+    yield "prompt_concat_forward", "ids has 9 at flat index 1", [ids, rand(4, 6), rand(2, 6), ones, None]
+    yield "prompt_concat_forward", "mask has dtype Bool", [ids, rand(10, 6), rand(2, 6), ones.bool(), None]
+    yield "prompt_concat_backward", "T is -1", [rand(1, 4, 6), ones, -1, True]
+
+
+@pytest.mark.parametrize(("op", "message", "args"), [pytest.param(*c, id=f"{c[0]}-{c[1]}") for c in bad_calls()])
+def test_bad_arguments_raise(op: str, message: str, args: list[object]) -> None:
+    with pytest.raises(RuntimeError, match=f"{op}: .*{message}"):
+        getattr(ops, op)(*args)
+
+
+def test_force_isa() -> None:
+    assert C.active_isa() == C.cpu_capability()
+    for isa in AVAILABLE:
+        C.force_isa(isa)
+        assert C.active_isa() == isa
+    with pytest.raises(ValueError, match="unknown instruction set 'sse9'"):
+        C.force_isa("sse9")
+    for isa in LEVELS[len(AVAILABLE) :]:
+        with pytest.raises(ValueError, match=f"lacks '{isa}'"):
+            C.force_isa(isa)
+    C.force_isa(None)
+    assert C.active_isa() == C.cpu_capability()
+
+
+def test_build_info_says_how_it_was_built() -> None:
+    info = C.build_info()
+    assert set(info) == {"compiler", "flags", "git_revision", "torch", "isas"}
+    assert "-march=native" not in info["flags"]
+    assert C.cpu_capability() in info["isas"].split(",")

@@ -1,0 +1,70 @@
+"""Every op test runs on every backend that can run here; the others are skipped with dispatch's own reason.
+
+With TRITON_INTERPRET=1 only triton runs, through its interpreter: `make test` starts that as a second process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import peftkern as pk
+from peftkern import dispatch
+from peftkern.ops._op import Op
+
+OPS: list[Op] = [importlib.import_module(f"peftkern.ops.{name}").OP for name in ("low_rank", "bottleneck", "prompt_concat")]
+BACKENDS = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else dispatch.ORDER
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend's tests put their tensors."""
+    on_gpu = backend == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1")
+    return torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
+
+
+def skip_unless_runs(op: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
+    """Skip with the reason that dispatch gives."""
+    reason = dispatch._refusal(backend, op, device_of(backend), dtype)
+    if reason is not None:
+        pytest.skip(f"{backend} {op}: {reason}")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The forced backend."""
+    with pk.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=OPS, ids=lambda op: op.name)
+def op(request: pytest.FixtureRequest) -> Op:
+    """One op."""
+    return request.param
+
+
+def samples(op: Op, backend: str, dtype: torch.dtype) -> list[tuple[str, dict[str, Any]]]:
+    """The op's own cases on the backend's device."""
+    return list(op.samples(device_of(backend), dtype))
+
+
+def trainable(kwargs: dict[str, Any]) -> list[str]:
+    """Names of the adapter weights and inputs; the backbone's frozen weight, bias and table are none."""
+    floating = [k for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    return [key for key in floating if key not in ("weight", "bias", "table")]
+
+
+def trained(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A copy whose adapter weights and inputs require grad."""
+    names = trainable(kwargs)
+    return {k: v.detach().clone().requires_grad_(True) if k in names else v for k, v in kwargs.items()}
+
+
+def first(output: Any) -> torch.Tensor:
+    """The floating-point output of an op."""
+    return output if isinstance(output, torch.Tensor) else output[0]
