@@ -22,12 +22,15 @@ from typing import Any
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 # The oldest torch whose stable ABI the sources use: 2.10.
 TARGET_VERSION = "0x020a000000000000"
 CPU_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
-CPU_FLAGS += ["-fno-trapping-math", "-fno-strict-aliasing", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+CPU_FLAGS += ["-fno-trapping-math", "-fno-strict-aliasing"]
+# GCC's own AVX-512 headers set these off.
+CPU_FLAGS += ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
@@ -65,9 +68,18 @@ def nvcc_command(nvcc: str, torch: Path) -> list[str]:
     known = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in listed]
     codes = [flag for arch in known for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
     codes += ["-gencode", f"arch=compute_{known[-1]},code=compute_{known[-1]}"]
-    includes = ["-isystem", str(torch / "include"), "-isystem", str(Path(nvcc).resolve().parents[1] / "include")]
+    includes = ["-isystem", str(torch / "include")]
     defines = ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
     return [nvcc, "-c", "-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", *defines, *includes, *codes]
+
+
+def call(command: list[str]) -> None:
+    """Run a build step; its failure is a failed build of one optional extension."""
+    print(" ".join(command), flush=True)
+    try:
+        subprocess.run(command, check=True, cwd=ROOT)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompileError(str(error)) from error
 
 
 def up_to_date(target: Path, needed: list[str]) -> bool:
@@ -83,14 +95,22 @@ class BuildExt(build_ext):
             if not Path(self.get_ext_fullpath(ext.name)).exists():
                 say(f"{ext.name} was not built (see above); the package works without it, more slowly")
 
+    def copy_file(self, infile: str, outfile: str, **options: Any) -> tuple[str, bool]:
+        """Replace the file instead of overwriting it: a running process may have the old library mapped."""
+        Path(outfile).unlink(missing_ok=True)
+        return super().copy_file(infile, outfile, **options)
+
     def build_extension(self, ext: Extension) -> None:
         if not (self.force or not up_to_date(Path(self.get_ext_fullpath(ext.name)), ext.depends)):
             return
         say(f"building {ext.name}: {len(ext.sources)} files")
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            ext.extra_objects = list(pool.map(lambda source: self.compile_one(ext, source), ext.sources))
-        ext.sources = []
-        super().build_extension(ext)
+            objects = list(pool.map(lambda source: self.compile_one(ext, source), ext.sources))
+        if ext.sources[0].endswith(".cu"):
+            self.link_cuda(ext, objects)
+        else:
+            ext.sources, ext.extra_objects = [], objects
+            super().build_extension(ext)
 
     def compile_one(self, ext: Extension, source: str) -> str:
         target = Path(self.build_temp) / Path(source).with_suffix(".o")
@@ -100,7 +120,7 @@ class BuildExt(build_ext):
             return str(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.endswith(".cu"):
-            self.compiler.spawn([*ext.extra_compile_args, source, "-o", str(target)])
+            call([*ext.extra_compile_args, source, "-o", str(target.resolve())])
             return str(target)
         return str(
             self.compiler.compile(
@@ -112,6 +132,20 @@ class BuildExt(build_ext):
                 depends=ext.depends,
             )[0]
         )
+
+    def link_cuda(self, ext: Extension, objects: list[str]) -> None:
+        """Link with nvcc and its static runtime, and ask for libtorch_cuda also where this torch has none."""
+        nvcc, lib = ext.extra_compile_args[0], Path(ext.library_dirs[0])
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stub = Path(self.build_temp) / "libtorch_cuda.so"
+        if not (lib / stub.name).exists():
+            soname = ["-cudart", "none", "-Xlinker", f"-soname={stub.name}"]
+            call([nvcc, "-shared", *soname, "-x", "c++", os.devnull, "-o", str(stub.resolve())])
+        places = [f"-L{path}" for path in (lib, stub.parent.resolve())]
+        libraries = [f"-l{name}" for name in ext.libraries]
+        command = [nvcc, "-shared", "-cudart", "static", "-Xlinker", "--no-as-needed"]
+        call([*command, *objects, *places, *libraries, "-o", str(target.resolve())])
 
 
 class BuildCuda(Command):
@@ -136,7 +170,7 @@ class BuildCuda(Command):
         command = [*nvcc_command(nvcc, torch), "-Xptxas", "-v"]
         for source in sources("csrc/cuda/*.cu"):
             say(f"compiling {source} for {', '.join(part for part in command if part.startswith('arch='))}")
-            subprocess.run([*command, source, "-o", str(out / (Path(source).stem + ".o"))], check=True, cwd=ROOT)
+            call([*command, source, "-o", str(out / (Path(source).stem + ".o"))])
 
 
 def cpu_extension(torch: Path) -> Extension | None:
@@ -176,13 +210,12 @@ def cuda_extension(torch: Path) -> Extension | None:
     if nvcc is None:
         say("nvcc is missing, so the CUDA kernels are not compiled; Triton kernels serve the GPU")
         return None
-    home = Path(nvcc).resolve().parents[1]
     return Extension(
         "peftkern._cuda",
         files,
         extra_compile_args=nvcc_command(nvcc, torch),
-        library_dirs=[str(torch / "lib"), str(home / "lib64"), str(home / "lib")],
-        libraries=["torch", "torch_cpu", "torch_cuda", "c10", "cudart"] if cuda else ["torch_cpu", "c10", "cudart"],
+        library_dirs=[str(torch / "lib")],
+        libraries=["torch_cpu", "torch_cuda", "c10"],
         depends=["setup.py", *files, *sources("csrc/cuda/*.cuh")],
         language="c++",
         optional=True,

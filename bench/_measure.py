@@ -6,21 +6,20 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._clock import Runner, Values, peak, timer
 from ._row import Quantiles, Row, quantiles
 
-Values = dict[str, Tensor]
 OURS, FLOOR, YARDSTICK = "peftkern", "floor", "torch"
 SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 MODES = ("forward", "backward", "full")
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-_CPU_SAMPLE = 2e-3
 
 
 class DeviceLost(RuntimeError):
@@ -57,23 +56,6 @@ class Ceilings:
     def floor(self, cost: Cost, dtype: torch.dtype) -> float:
         """Seconds below which no implementation gets: the larger of what the bytes and the operations take."""
         return max(cost.bytes / self.copy, cost.flops / self.products[dtype])
-
-
-@dataclass
-class Runner:
-    """One provider's work on one case, ready to be called again and again.
-
-    forward() returns what backward() is given; no backward means inference. check() returns outputs and gradients by
-    name, with dropout off, for the gate; None where there is nothing to compare (the floor). reset() runs untimed
-    before each pass. parameters are not counted in the bytes that are saved for backward.
-    """
-
-    forward: Callable[[], Any]
-    backward: Callable[[Any], Any] | None = None
-    check: Callable[[], Values] | None = None
-    reset: Callable[[], None] = lambda: None
-    backend: str = ""
-    parameters: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +112,7 @@ def measure(case: Case, settings: Settings) -> list[Row]:
         settings.announce(name)
         for launch in ("eager", "graph") if case.device.type == "cuda" and settings.graphs else ("eager",):
             try:
-                timers[name, launch] = _timer(runner, case.device, launch, settings)
+                timers[name, launch] = timer(runner, case.device, launch, settings.flush)
             except Exception as error:
                 rows.append(_failed(case, name, error, launch))
     settings.announce("timing")
@@ -237,103 +219,6 @@ def _free(device: torch.device, name: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _timer(
-    runner: Runner, device: torch.device, launch: str, settings: Settings
-) -> Callable[[], tuple[float, float]]:
-    """A warmed-up function that takes one sample: seconds of forward and of backward."""
-    if launch == "graph":
-        return _graph_timer(runner, settings)
-    for _ in range(2 if device.type == "cpu" else 5):
-        one_pass(runner)
-    if device.type == "cuda":
-        return lambda: _cuda_sample(runner, settings)
-    inner = max(1, min(1000, math.ceil(_CPU_SAMPLE / max(sum(_cpu_sample(runner, 1)), 1e-7))))
-    return lambda: _cpu_sample(runner, inner)
-
-
-def one_pass(runner: Runner) -> None:
-    """Forward, and backward where there is one."""
-    runner.reset()
-    out = runner.forward()
-    if runner.backward is not None:
-        runner.backward(out)
-
-
-def _cpu_sample(runner: Runner, inner: int) -> tuple[float, float]:
-    forward = backward = 0.0
-    for _ in range(inner):
-        runner.reset()
-        start = time.perf_counter()
-        out = runner.forward()
-        middle = time.perf_counter()
-        if runner.backward is not None:
-            runner.backward(out)
-            backward += time.perf_counter() - middle
-        forward += middle - start
-        del out
-    return forward / inner, backward / inner
-
-
-def _cuda_sample(runner: Runner, settings: Settings) -> tuple[float, float]:
-    """From an idle device with a cold L2 cache, so that the latency of launches counts as it does for a user."""
-    runner.reset()
-    start, middle, end = (_event() for _ in range(3))
-    if settings.flush is not None:
-        settings.flush.zero_()
-    torch.cuda.synchronize()
-    start.record()
-    out = runner.forward()
-    middle.record()
-    if runner.backward is not None:
-        runner.backward(out)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(middle) / 1e3, (middle.elapsed_time(end) / 1e3 if runner.backward is not None else 0.0)
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def _graph_timer(runner: Runner, settings: Settings) -> Callable[[], tuple[float, float]]:
-    """CUDA graphs of forward and of forward with backward; backward is their difference."""
-    graphs = [_capture(runner, runner.forward)]
-    backward = runner.backward
-    if backward is not None:
-        graphs.append(_capture(runner, lambda: backward(runner.forward())))
-
-    def sample() -> tuple[float, float]:
-        seconds = []
-        for graph in graphs:
-            start, end = _event(), _event()
-            if settings.flush is not None:
-                settings.flush.zero_()
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            seconds.append(start.elapsed_time(end) / 1e3)
-        return seconds[0], max(seconds[-1] - seconds[0], 0.0)
-
-    return sample
-
-
-def _capture(runner: Runner, run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            runner.reset()
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    runner.reset()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
-
-
 Samples = dict[tuple[str, str], list[tuple[float, float]]]
 
 
@@ -411,7 +296,7 @@ def _memory_rows(case: Case, runners: dict[str, Runner]) -> list[Row]:
         try:
             taken = {"saved for backward": ("forward", saved_bytes(runner.forward, list(runner.parameters)))}
             if case.device.type == "cuda":
-                taken["peak"] = ("full", _peak(runner))
+                taken["peak"] = ("full", peak(runner))
         except Exception as error:
             rows.append(_failed(case, name, error))
             continue
@@ -420,13 +305,3 @@ def _memory_rows(case: Case, runners: dict[str, Runner]) -> list[Row]:
             row.y, row.backend = (size / 2**20,) * 3, runner.backend
             rows.append(row)
     return rows
-
-
-def _peak(runner: Runner) -> int:
-    torch.cuda.synchronize()
-    runner.reset()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    one_pass(runner)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

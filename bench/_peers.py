@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._measure import Runner, Values
+from ._clock import Runner, Values
 
 
 def differentiable(

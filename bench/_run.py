@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", help="an installed method: its default configuration on the step models")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few rounds, without Hugging Face PEFT")
     parser.add_argument(
-        "--compile", choices=("none", "default", "max-autotune-no-cudagraphs"),
-        help="torch.compile as a further peer (default: default on cuda, none on cpu)",
+        "--compile", choices=("none", "default", "max-autotune-no-cudagraphs"), default="none",
+        help="torch.compile in this mode as a further peer (takes seconds to minutes per case)",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=25, help="most rounds per case")
     parser.add_argument("--budget", type=float, help="seconds after which no further case is started")
@@ -79,7 +79,7 @@ def _job(arguments: argparse.Namespace, started: float) -> dict[str, Any]:
         "match": arguments.match,
         "method": arguments.method,
         "quick": quick,
-        "compile": arguments.compile or ("default" if cuda and not quick else "none"),
+        "compile": arguments.compile,
         "rounds": min(arguments.rounds, 5) if quick else arguments.rounds,
         "least": 2 if quick else min(7, arguments.rounds),
         "seconds": 0.5 if quick else 2.0 if cuda else 8.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import pkgutil
@@ -22,24 +23,30 @@ OUT_OF_TIME = "the time budget is used up"
 
 
 def main(argv: list[str]) -> int:
-    """Measure what the JSON object argv[0] asks for: device, only, method, quick, compile, rounds, seconds, deadline,
-    start, without. Exit code 2 for a user's mistake, 3 when the device was lost."""
-    job: dict[str, Any] = json.loads(argv[0])
+    """Run the job that the JSON object argv[-1] describes."""
     # Whatever a library prints goes to stderr; stdout carries events alone.
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    torch.set_float32_matmul_precision("highest")
-    if job["quick"]:  # a second thread costs tiny work more than it saves, most of all where cores are shared
-        torch.set_num_threads(1)
+    return run(json.loads(argv[-1]), events)
+
+
+def run(job: dict[str, Any], events: IO[str]) -> int:
+    """Measure what is asked for: device, only, match, method, quick, compile, rounds, least, seconds, deadline, start,
+    without. Exit code 2 for a user's mistake, 3 when the device was lost."""
     device = torch.device(job["device"])
     try:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise PeftkernError("--device cuda: torch sees no CUDA device")
         options = Options(device, job["quick"], job["compile"])
         cases = [case for case in listed(options, job["only"], job["method"]) if job["match"] in case.label]
+        if not cases:
+            raise PeftkernError(f"--match {job['match']!r}: no case has this in its label")
     except PeftkernError as error:
         _say(events, event="refused", message=str(error))
         return 2
+    torch.set_float32_matmul_precision("highest")
+    if job["quick"]:  # a second thread costs tiny work more than it saves, most of all where cores are shared
+        torch.set_num_threads(1)
     ceilings = _machine.ceilings(device, job["quick"])
     machine = _machine.describe(device) | {"ceilings": _machine.ceilings_dict(ceilings)}
     _say(events, event="machine", machine=machine, cases=[(case.kernel, case.label) for case in cases])
@@ -50,17 +57,18 @@ def main(argv: list[str]) -> int:
 
 
 def listed(options: Options, only: list[str], method: str | None) -> Iterator[Case]:
-    """The cases asked for: every op of this folder and the steps, or one installed method on the steps."""
+    """The cases asked for, of the steps and every op of this folder in turn, so that a budget cuts the tail of each;
+    or those of one installed method on the steps."""
     from . import step
 
     if method is not None:
         yield from step.method_cases(options, method)
         return
-    if not only or "step" in only:
-        yield from step.cases(options)
-    for name in op_names():
-        if not only or "op" in only or name in only:
-            yield from importlib.import_module(f".{name}", __package__).cases(options)
+    wanted = [name for name in op_names() if not only or "op" in only or name in only]
+    sources = [importlib.import_module(f".{name}", __package__) for name in wanted]
+    sources = [step, *sources] if not only or "step" in only else sources
+    for turn in itertools.zip_longest(*(source.cases(options) for source in sources)):
+        yield from (case for case in turn if case is not None)
 
 
 def op_names() -> list[str]:

@@ -14,7 +14,8 @@ from peftkern import dispatch, ops
 from peftkern.ops.bottleneck import reference
 
 from . import _peers
-from ._measure import SHORT, Case, Cost, Options, Runner, Values
+from ._clock import Runner, Values
+from ._measure import SHORT, Case, Cost, Options
 
 _HALF = torch.bfloat16
 _NAMES = ("x", "down", "up", "down_bias", "up_bias")

@@ -15,7 +15,8 @@ from peftkern import dispatch, ops
 from peftkern.ops.low_rank import reference
 
 from . import _peers
-from ._measure import SHORT, Case, Cost, Options, Runner, Values
+from ._clock import Runner, Values
+from ._measure import SHORT, Case, Cost, Options
 
 _SCALE = 2.0
 _HALF = torch.bfloat16

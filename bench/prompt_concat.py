@@ -14,7 +14,8 @@ from peftkern import dispatch, ops
 from peftkern.ops.prompt_concat import IGNORED, Prompted, reference
 
 from . import _peers
-from ._measure import SHORT, Case, Cost, Options, Runner, Values
+from ._clock import Runner, Values
+from ._measure import SHORT, Case, Cost, Options
 
 _HALF = torch.bfloat16
 _VOCABULARY = 8192

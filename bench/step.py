@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,66 +19,11 @@ import peftkern as pk
 from peftkern import dispatch, registry
 
 from . import _peers
-from ._measure import FLOOR, OURS, SHORT, YARDSTICK, Case, Cost, Options, Runner, Values
+from ._clock import Runner, Values
+from ._measure import FLOOR, OURS, SHORT, YARDSTICK, Case, Cost, Options
+from ._models import PROMPT, Model, models
 
-_HALF = torch.bfloat16
-_R, _ALPHA, _PROMPT = 8, 16.0, 20
-
-
-@dataclass(frozen=True)
-class Model:
-    """A random model of one family; `bert` sizes are those of the first table that peers are held against."""
-
-    name: str
-    family: str
-    batch: int
-    length: int
-    sizes: Mapping[str, Any] = field(hash=False)
-
-    def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The same weights at every call."""
-        from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, BertConfig, LlamaConfig
-
-        positions = self.length + _PROMPT
-        if self.family == "bert":
-            off: Any = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-            config: Any = BertConfig(**self.sizes, **off, max_position_embeddings=max(512, positions))
-            config.num_labels = 9
-            make: Any = AutoModelForTokenClassification
-        else:
-            config = LlamaConfig(
-                **self.sizes, max_position_embeddings=max(2048, positions), use_cache=False, pad_token_id=0
-            )
-            make = AutoModelForCausalLM
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-            torch.manual_seed(0)
-            model: nn.Module = make.from_config(config, attn_implementation="sdpa")
-        return model.to(device, dtype).requires_grad_(False).train()
-
-    def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """ids, mask of ones and labels [batch, length]."""
-        generator = torch.Generator().manual_seed(1)
-        shape = (self.batch, self.length)
-        ids = torch.randint(1, self.sizes["vocab_size"], shape, generator=generator)
-        labels = torch.randint(9, shape, generator=generator)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        return {name: tensor.to(device) for name, tensor in batch.items()}
-
-    @property
-    def all_linear(self) -> list[str]:
-        """Names of every linear layer in a block."""
-        if self.family == "bert":
-            return ["query", "key", "value", "dense"]
-        return ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-    def is_ffn_output(self, path: str) -> bool:
-        """Whether this linear layer ends a feed-forward network: where a bottleneck goes."""
-        return (path.endswith(".output.dense") and "attention" not in path) or path.endswith(".down_proj")
-
-    @property
-    def query_value(self) -> list[str]:
-        """Names of the query and value projections."""
-        return ["query", "value"] if self.family == "bert" else ["q_proj", "v_proj"]
+_R, _ALPHA = 8, 16.0
 
 
 @dataclass(frozen=True)
@@ -101,15 +46,16 @@ METHODS = (
     Method("prompt tuning", "prompt"),
     Method("full", "full"),
 )
+_MAIN = (METHODS[0], METHODS[4], METHODS[2], METHODS[6])
 LIMITS = {torch.float32: 1.25, torch.bfloat16: 1.35}
 """Gates on LoRA on all linear layers with dropout .1 of the small BERT: at most so many times the floor."""
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """Every method on every model, the most telling ones first."""
-    for model, dtypes in _models(options):
-        methods = [METHODS[0], METHODS[4]] if options.quick else METHODS
-        for method in methods:
+    """Every method on the first model, the main ones on the others; the most telling cases first."""
+    for index, (model, dtypes) in enumerate(models(options)):
+        main = _MAIN[:2] if options.quick else _MAIN
+        for method in METHODS if index == 0 and not options.quick else main:
             for dtype in dtypes:
                 yield _case(options, model, method, dtype)
 
@@ -120,7 +66,7 @@ def method_cases(options: Options, name: str) -> Iterator[Case]:
     The gate compares with the same method on the reference backend. Raises UnknownMethodError.
     """
     registry.load(name)
-    for model, dtypes in _models(options):
+    for model, dtypes in models(options):
         for dtype in dtypes[:1] if options.quick else dtypes:
             providers = {
                 FLOOR: functools.partial(_floor, options, model, dtype),
@@ -128,39 +74,6 @@ def method_cases(options: Options, name: str) -> Iterator[Case]:
             }
             oracle = functools.partial(_by_name_reference, options, model, dtype, name)
             yield _assemble(options, model, f"{name} defaults", dtype, {"method": name}, providers, oracle)
-
-
-def _models(options: Options) -> list[tuple[Model, tuple[torch.dtype, ...]]]:
-    both = (torch.float32, _HALF)
-    if options.quick:
-        tiny = (2, 16, 64, 2, 128, 500)
-        return [(_bert("bert-tiny", *tiny), both[:1]), (_llama("llama-tiny", *tiny), both[1:])]
-    small = _bert("bert-6x384", 8, 128, 384, 6, 1536, 30522)
-    if options.device.type == "cpu":
-        return [(small, both), (_llama("llama-4x512", 8, 64, 512, 4, 1408, 8192), both)]
-    return [
-        (_llama("llama-8b-layers", 2, 2048, 4096, 4, 14336, 32000), (_HALF,)),
-        (_bert("bert-large", 32, 256, 1024, 24, 4096, 30522), (_HALF,)),
-        (_llama("llama-1b", 4, 1024, 2048, 16, 8192, 32000), (_HALF,)),
-        (small, both),
-    ]
-
-
-def _bert(name: str, batch: int, length: int, hidden: int, layers: int, inner: int, vocabulary: int) -> Model:
-    sizes = {
-        "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner, "vocab_size": vocabulary,
-        "num_attention_heads": max(hidden // 32 if hidden < 768 else hidden // 64, 1),
-    }  # fmt: skip
-    return Model(name, "bert", batch, length, sizes)
-
-
-def _llama(name: str, batch: int, length: int, hidden: int, layers: int, inner: int, vocabulary: int) -> Model:
-    heads = max(hidden // 128 if hidden >= 2048 else hidden // 32, 2)
-    sizes = {
-        "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner, "vocab_size": vocabulary,
-        "num_attention_heads": heads, "num_key_value_heads": max(heads // 4, 1),
-    }  # fmt: skip
-    return Model(name, "llama", batch, length, sizes)
 
 
 def _case(options: Options, model: Model, method: Method, dtype: torch.dtype) -> Case:
@@ -210,12 +123,14 @@ class _Step:
         device = next(module.parameters()).device
         self.batch = model.inputs(device)
         self.labels = self.batch.pop("labels")
+        self.gate_rows = model.gate_rows
 
-    def forward(self) -> Tensor:
-        """Cross entropy over the text's own positions; rows of a prompt are cut off."""
-        logits = self.call(**self.batch).logits[:, -self.labels.shape[1] :]
+    def forward(self, rows: int | None = None) -> Tensor:
+        """Cross entropy over the text's own positions, rows of a prompt cut off; `rows`: only the first so many."""
+        batch, labels = {name: tensor[:rows] for name, tensor in self.batch.items()}, self.labels[:rows]
+        logits = self.call(**batch).logits[:, -labels.shape[1] :]
         wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).to(wide), self.labels.reshape(-1))
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).to(wide), labels.reshape(-1))
 
     def reset(self) -> None:
         """Forget all gradients."""
@@ -225,7 +140,7 @@ class _Step:
         """Loss, and gradients gathered by kind of parameter, with dropout off."""
         with _peers.evaluation(self.module):
             self.reset()
-            loss = self.forward()
+            loss = self.forward(self.gate_rows)
             loss.backward()  # type: ignore[no-untyped-call]
         missing = [name for name, p in self.trained.items() if p.grad is None]
         if missing:
@@ -314,7 +229,7 @@ def _ours(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dic
             r=_R, lora_alpha=_ALPHA, lora_dropout=method.p, target_modules=getattr(model, method.targets)
         ),
         "adapter": lambda: pk.BottleneckConfig(placement="ffn", dropout=method.p),
-        "prompt": lambda: pk.PromptTuningConfig(num_virtual_tokens=_PROMPT),
+        "prompt": lambda: pk.PromptTuningConfig(num_virtual_tokens=PROMPT),
         "full": lambda: pk.FullConfig(keep_original=False),
     }
     pk.attach(base, configs[method.kind]())
@@ -357,7 +272,7 @@ def _plain_bottleneck(model: Model, method: Method, base: nn.Module) -> tuple[nn
 
 
 def _plain_prompt(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    module = _peers.PromptModel(base, _PROMPT)
+    module = _peers.PromptModel(base, PROMPT)
     return module, {"prompt:prompt": module.prompt}
 
 
@@ -368,7 +283,7 @@ def _plain_full(model: Model, method: Method, base: nn.Module) -> tuple[nn.Modul
 def _peft(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     if method.kind == "prompt":
         task = "TOKEN_CLS" if model.family == "bert" else "CAUSAL_LM"
-        module = _peers.peft_model(base, "PromptTuningConfig", task_type=task, num_virtual_tokens=_PROMPT)
+        module = _peers.peft_model(base, "PromptTuningConfig", task_type=task, num_virtual_tokens=PROMPT)
         rows: nn.Parameter = module.get_submodule("prompt_encoder.default.embedding").weight  # type: ignore[assignment]
         module.requires_grad_(False)
         rows.requires_grad_()

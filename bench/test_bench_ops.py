@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from ._measure import YARDSTICK, Case, Options, Settings, one_pass, prepare
+from ._clock import one_pass
+from ._measure import YARDSTICK, Case, Options, Settings, prepare
 from ._worker import op_names
 
 pytest.importorskip("pytest_benchmark")

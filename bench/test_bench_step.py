@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from . import step
-from ._measure import YARDSTICK, Case, Options, Settings, one_pass, prepare
+from ._clock import one_pass
+from ._measure import YARDSTICK, Case, Options, Settings, prepare
 
 pytest.importorskip("pytest_benchmark")
 _OPTIONS = Options(torch.device("cuda" if torch.cuda.is_available() else "cpu"), quick=True)

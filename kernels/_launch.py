@@ -32,8 +32,8 @@ def row_pass(
     bias is then left to `expand_pass`.
     """
     (m, k), r = x.shape, w.shape[0]
-    t = tile("row", precision, r)
-    processors = device_of(x).processors
+    device = device_of(x)
+    t, processors = tile("row", precision, r, device.arch), device.processors
     block_m = row_block_m(m, t, processors)
     blocks_m, blocks_r, blocks_k = triton.cdiv(m, block_m), triton.cdiv(r, t.block_r), triton.cdiv(k, t.block_c)
     splits = 1
@@ -43,7 +43,7 @@ def row_pass(
     splits = triton.cdiv(blocks_k, per_split)
     out = torch.empty((splits, m, r), dtype=torch.float32, device=x.device)
     launch(
-            row_kernel, (blocks_m, blocks_r, splits),
+        row_kernel, (blocks_m, blocks_r, splits),
         x, w, bias if splits == 1 else None, pre, out, drop.seed,
         m, k, r, x.stride(0), w.stride(0), w.stride(1), per_split, factor, drop.threshold,
         ACT=act, DROPOUT=drop.enabled, PRECISION=precision, BLOCK_M=block_m, BLOCK_K=t.block_c, BLOCK_R=t.block_r,
@@ -66,16 +66,18 @@ def expand_pass(
 ) -> Tensor:
     """out [M, N] = base + drop(factor * (act(h) w + bias)) for h [splits, M, R] -> h [M, R], summed over splits.
 
-    w [R, N] by any strides; base [M, N] by any row stride, may be out itself. h_bias [R] is added only where the row pass left it out.
+    w [R, N] by any strides; base [M, N] by any row stride, may be out itself. h_bias [R] is added only where the row
+    pass left it out.
     """
     splits, m, r = h.shape
     n = out.shape[1]
-    t = tile("expand", precision, r)
+    t = tile("expand", precision, r, device_of(out).arch)
     h_out = torch.empty((m, r), dtype=torch.float32, device=h.device) if splits > 1 else None
     launch(
-            expand_kernel, (triton.cdiv(m, t.block_m), triton.cdiv(n, t.block_c)),
+        expand_kernel, (triton.cdiv(m, t.block_m), triton.cdiv(n, t.block_c)),
         h, h_bias if splits > 1 else None, h_out, w, bias, base, out, drop.seed,
-        m, n, r, w.stride(0), w.stride(1), 0 if base is None else base.stride(0), splits, factor, drop.inv_keep, drop.threshold,
+        m, n, r, w.stride(0), w.stride(1), 0 if base is None else base.stride(0), splits,
+        factor, drop.inv_keep, drop.threshold,
         ACT=act, DROPOUT=drop.enabled, PRECISION=precision, BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
@@ -92,11 +94,12 @@ class Gradients:
     def __init__(
         self, src: Tensor, columns: list[int], shapes: list[tuple[int, ...]], precision: str, rank: int
     ) -> None:
-        t = tile("column", precision, rank)
+        device = device_of(src)
+        t = tile("column", precision, rank, device.arch)
         rows = src.shape[0]
         blocks = triton.cdiv(min(columns), t.block_c) * triton.cdiv(rank, t.block_r)
         blocks_m = triton.cdiv(rows, t.block_m)
-        splits = max(1, min(4 * device_of(src).processors // blocks, blocks_m // 2, MAX_SPLITS))
+        splits = max(1, min(4 * device.processors // blocks, blocks_m // 2, MAX_SPLITS))
         per_split = triton.cdiv(blocks_m, splits)
         self.splits = triton.cdiv(blocks_m, per_split)
         self.rows_per_split = per_split * t.block_m
@@ -120,11 +123,7 @@ def reduce_pass(partial: Tensor, outputs: list[Tensor]) -> None:
     splits, size = partial.shape
     ends = [sum(out.numel() for out in outputs[: i + 1]) for i in range(3)]
     pointers = [*outputs, None, None, None][:4]
-    block = 1024
-    launch(
-            reduce_kernel, (triton.cdiv(size, block),),
-        partial, *pointers, size, *ends, splits, BLOCK=block, num_warps=4
-    )
+    launch(reduce_kernel, (triton.cdiv(size, 1024),), partial, *pointers, size, *ends, splits, BLOCK=1024, num_warps=4)
 
 
 def column_pass(
@@ -151,10 +150,10 @@ def column_pass(
     shaped = src if src is not None else out
     m, r = g.shape
     c = shaped.shape[1]
-    t = tile("column", precision[0], r)
+    t = tile("column", precision[0], r, device_of(g).arch)
     blocks_r = triton.cdiv(r, t.block_r)
     launch(
-            column_kernel, (triton.cdiv(c, t.block_c), blocks_r, grads.splits),
+        column_kernel, (triton.cdiv(c, t.block_c), blocks_r, grads.splits),
         src, g, w, base, out, grad, src_sum, g_sum, drop.seed,
         m, c, r, 0 if src is None else src.stride(0), 0 if base is None else base.stride(0), *grad_strides,
         grads.size, grads.rows_per_split, grad_factor, drop.inv_keep, drop.threshold,

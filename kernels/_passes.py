@@ -205,9 +205,7 @@ def expand_kernel(
     key1, key2 = offs_m, offs_m
     if DROPOUT:
         key1, key2 = row_keys(seed_ptr, offs_m)
-    store_expanded(
-        acc, base, bias_ptr, out_ptr, key1, key2, offs_m, offs_n, M, N, factor, inv_keep, threshold, DROPOUT
-    )
+    store_expanded(acc, base, bias_ptr, out_ptr, key1, key2, offs_m, offs_n, M, N, factor, inv_keep, threshold, DROPOUT)
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split", "stride_split", "threshold"])

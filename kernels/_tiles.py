@@ -7,6 +7,7 @@ registers, hence the small f32 tiles.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 #: Largest rank that fits one tile; a larger one is walked in tiles of this size.
@@ -29,7 +30,7 @@ class Tile(NamedTuple):
 _Rows = dict[int, tuple[int, int, int, int, int]]
 _TILES: dict[tuple[str, str], _Rows] = {
     ("row", "half"): {32: (64, 128, 32, 4, 4), 64: (64, 128, 64, 4, 3), 128: (64, 64, 128, 4, 4)},
-    ("row", "split"): {16: (64, 64, 16, 4, 4), 64: (64, 64, 64, 4, 3), 128: (64, 32, 128, 4, 3)},
+    ("row", "split"): {16: (64, 64, 16, 4, 4), 64: (64, 64, 64, 4, 3), 128: (64, 32, 128, 8, 3)},
     ("row", "float"): {64: (64, 32, 64, 4, 3), 128: (64, 32, 128, 8, 2)},
     ("expand", "half"): {128: (64, 128, 32, 8, 2)},
     ("expand", "split"): {128: (64, 64, 32, 4, 2)},
@@ -41,12 +42,20 @@ _TILES: dict[tuple[str, str], _Rows] = {
         128: (64, 64, 128, 8, 2),
     },
     ("column", "split"): {32: (32, 64, 32, 4, 2), 128: (64, 64, 128, 8, 2)},
-    ("column", "float"): {16: (32, 128, 16, 8, 2), 64: (32, 64, 64, 4, 2), 128: (32, 64, 128, 8, 2)},
+    ("column", "float"): {16: (32, 128, 16, 8, 2), 128: (32, 64, 128, 8, 2)},
     ("dy", "half"): {32: (64, 256, 32, 4, 2)},
     ("dy", "split"): {32: (32, 128, 32, 4, 2)},
     ("fused", "half"): {64: (64, 128, 64, 4, 3), 128: (64, 64, 128, 4, 3)},
-    ("fused", "split"): {32: (64, 64, 32, 4, 3), 64: (64, 64, 64, 4, 2), 128: (32, 32, 128, 4, 2)},
+    ("fused", "split"): {32: (64, 64, 32, 4, 3), 64: (64, 64, 64, 4, 2), 128: (32, 64, 128, 8, 2)},
     ("fused", "float"): {64: (32, 32, 64, 4, 2), 128: (32, 32, 128, 8, 2)},
+}
+
+# Where an architecture's registers or instructions want another row than the one above.
+_OVERRIDES: dict[tuple[str, str, str], _Rows] = {
+    ("sm80", "row", "split"): {64: (64, 32, 64, 4, 3)},
+    ("sm80", "column", "half"): {64: (32, 128, 64, 8, 2)},
+    ("gfx942", "column", "half"): {128: (32, 32, 128, 4, 2)},
+    ("gfx942", "column", "split"): {32: (32, 64, 32, 4, 2), 128: (32, 32, 128, 4, 2)},
 }
 
 # Largest rank whose weight tile the column pass holds in registers beside its gradient tile, to write dx on the way.
@@ -62,11 +71,12 @@ def padded_rank(rank: int) -> int:
     return min(max(16, 1 << (rank - 1).bit_length()), MAX_BLOCK_R)
 
 
-def tile(name: str, precision: str, rank: int) -> Tile:
-    """Tile of a pass ("row", "expand", "column", "dy", "fused") for this precision and rank."""
-    padded = padded_rank(rank)
-    rows = _TILES[name, _kind(precision)]
-    block_m, block_c, block_r, num_warps, num_stages = next(row for limit, row in rows.items() if padded <= limit)
+@functools.cache
+def tile(name: str, precision: str, rank: int, arch: str) -> Tile:
+    """Tile of a pass ("row", "expand", "column", "dy", "fused") for this precision, rank and architecture."""
+    padded, kind = padded_rank(rank), _kind(precision)
+    rows = _TILES[name, kind] | _OVERRIDES.get((arch, name, kind), {})
+    block_m, block_c, block_r, num_warps, num_stages = rows[min(limit for limit in rows if padded <= limit)]
     return Tile(block_m, block_c, min(padded, block_r), num_warps, num_stages)
 
 

@@ -1,7 +1,7 @@
 """Triton backend of bottleneck: y = residual + drop(scale * (act(x D^T + b_d) U^T + b_u)), with backward.
 
-x [M, K], down D [R, K], down_bias [R], up U [N, R], up_bias [N], residual and y [M, N]; x and y in f32, bf16 or f16, the
-weights in one of the same types, independently; products accumulate in f32. The dropout mask over y is regenerated.
+x [M, K], down D [R, K], down_bias [R], up U [N, R], up_bias [N], residual and y [M, N]; x and y in f32, bf16 or f16,
+the weights in one of the same types, independently; products accumulate in f32. The dropout mask over y is regenerated.
 
 forward   one kernel that keeps a tile's latent in registers, or a row and an expand pass: x and residual read once
 backward  row pass over dy (dpre), column pass over dy (d_up), column pass over x (d_down and dx), reduction
@@ -185,11 +185,12 @@ def _fused_forward(
 ) -> Tensor:
     (m, k), (n, r) = x.shape, up.shape
     products = precision(x.dtype, down.dtype)
-    t = tile("fused", products.wide, r)
-    block_m = row_block_m(m, t, device_of(x).processors)
+    device = device_of(x)
+    t = tile("fused", products.wide, r, device.arch)
+    block_m = row_block_m(m, t, device.processors)
     pre = torch.empty((m, r), dtype=torch.float32, device=x.device)
     launch(
-            fused_kernel, (triton.cdiv(m, block_m),),
+        fused_kernel, (triton.cdiv(m, block_m),),
         x, down, down_bias, up, up_bias, residual, y, pre, drop.seed,
         m, k, n, r, x.stride(0), 0 if residual is None else residual.stride(0),
         scale, drop.inv_keep, drop.threshold,

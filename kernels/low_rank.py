@@ -30,7 +30,7 @@ def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
 
 
 def forward(x: Tensor, a: Tensor, b: Tensor, y: Tensor, scale: float, p: float, seed: Tensor | None) -> Tensor:
-    """Y [M, N] += scale * h b^T in place -> h = drop(x) a^T [M, R] f32 (with dropout's 1 / (1 - p), without scale)."""
+    """y [M, N] += scale * h b^T in place -> h = drop(x) a^T [M, R] f32 (with dropout's 1 / (1 - p), without scale)."""
     drop = dropout_args(p, seed)
     products = precision(x.dtype, a.dtype)
     with on_device(x):
@@ -57,7 +57,7 @@ def backward(
     """
     drop, plain = dropout_args(p, seed), dropout_args(0.0, None)
     products = precision(x.dtype, a.dtype)
-    (m, k), (n, r) = x.shape, b.shape
+    (n, r), k = b.shape, x.shape[1]
     need_dh = need_a or dx is not None
     shapes = ([(r, k)] if need_a else []) + ([(n, r)] if need_b else [])
     with on_device(x):
@@ -152,15 +152,13 @@ def _one_dy_pass(dy: Tensor, rank: int) -> bool:
     return rank <= 32 and dy.element_size() == 2 and dy.numel() * 2 > device_of(dy).cache // 2
 
 
-def _dy_pass(
-    dy: Tensor, b: Tensor, h: Tensor, db: Tensor, grads: Gradients, scale: float, precision: str
-) -> Tensor:
+def _dy_pass(dy: Tensor, b: Tensor, h: Tensor, db: Tensor, grads: Gradients, scale: float, precision: str) -> Tensor:
     (m, n), r = dy.shape, b.shape[1]
-    t = tile("dy", precision, r)
+    t = tile("dy", precision, r, device_of(dy).arch)
     chunks = triton.cdiv(n, t.block_c)
     partial = torch.empty((chunks, m * r), dtype=torch.float32, device=dy.device)
     launch(
-            dy_kernel, (chunks, grads.splits),
+        dy_kernel, (chunks, grads.splits),
         dy, b, h, partial, db, m, n, r, dy.stride(0), grads.size, grads.rows_per_split, scale,
         PRECISION=precision, BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
         num_warps=t.num_warps, num_stages=t.num_stages,

@@ -1,6 +1,6 @@
 """Triton backend of prompt_concat: prompt rows in front of the first real token of every row, in one pass.
 
-Left padding gives pads, prompt, text; right padding gives prompt, text, pads. B batch, S tokens, T prompt rows, H hidden.
+Left padding gives pads, prompt, text; right padding prompt, text, pads. B batch, S tokens, T prompt rows, H hidden.
 Every program finds the start of its batch row from the mask itself, so that nothing is launched or synchronised before.
 Source of the method: Lester et al. 2021 (arXiv:2104.08691), section 2.
 """
@@ -136,7 +136,8 @@ def concat_kernel(
     else:
         source_row = at_token
         known = token
-    row = tl.load(source_ptr + source_row[:, None] * H + offs_h[None, :], mask=known[:, None] & mask_h, other=float("nan"))
+    source_tile = source_ptr + source_row[:, None] * H + offs_h[None, :]
+    row = tl.load(source_tile, mask=known[:, None] & mask_h, other=float("nan"))
     prompt_tile = prompt_ptr + (offs_j - start).to(tl.int64)[:, None] * H + offs_h[None, :]
     prompt = tl.load(prompt_tile, mask=in_prompt[:, None] & mask_h, other=0.0)
     row = tl.where(in_prompt[:, None], round_to(prompt.to(tl.float32), embeds_ptr.dtype.element_ty), row)

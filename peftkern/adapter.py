@@ -253,9 +253,13 @@ class AdaptedModule(nn.Module):
         with torch.no_grad():
             for name in self.active:
                 weight, bias = self.adapters[name].merge(weight, bias)  # type: ignore[operator]
-        if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
-            raise MergeError(f"{self.base.path}: the merged weight is not finite; look for NaN in {self.active}")
-        return self.base.with_weights(weight, bias)
+        new = self.base.with_weights(weight, bias)
+        if not all(bool(parameter.isfinite().all()) for parameter in new.values()):
+            raise MergeError(
+                f"{self.base.path}: the merged weight is not finite in {self.base.weight.dtype}; "
+                f"look for NaN and large values in {self.active}"
+            )
+        return new
 
     def set_base_weights(self, new: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Put parameters into the base module and return those that were there."""
@@ -263,6 +267,12 @@ class AdaptedModule(nn.Module):
         for key, parameter in new.items():
             setattr(self.base_layer, key, parameter)
         return {key: old[key] for key in new}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedModule:
+        super()._apply(fn, recurse)
+        for parameter in (self.unmerged or {}).values():  # kept aside, and so not a parameter of any module
+            parameter.data = fn(parameter.data)
+        return self
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -189,11 +189,11 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     """
     chosen = (names,) if isinstance(names, str) else tuple(names)
     for name in chosen:
-        attachment = _known(model, name)
+        _known(model, name)
     if len(set(chosen)) != len(chosen):
         raise AdapterError(f"names={list(chosen)}: each adapter can be active once")
-    if chosen and attachment.merged:
-        raise AdapterError(f"adapters {list(attachment.merged)} are merged: unmerge before switching")
+    if merged := _state(model).merged:
+        raise AdapterError(f"adapters {list(merged)} are merged: unmerge before switching")
     _activate(model, chosen)
 
 
@@ -405,6 +405,7 @@ def _check_way_back(attachment: Attachment, names: tuple[str, ...]) -> None:
 
 
 def _check_name(model: nn.Module, name: str) -> None:
+    _check_bare(model)
     attachment = state(model)
     if not isinstance(name, str) or not name or "." in name:
         raise AdapterError(f"adapter name {name!r}: want a non-empty string without a dot")
@@ -416,7 +417,14 @@ def _check_name(model: nn.Module, name: str) -> None:
         raise AdapterError(f"adapters {list(attachment.merged)} are merged: unmerge before attaching another")
 
 
+def _check_bare(model: nn.Module) -> None:
+    if hasattr(type(model), "get_base_model"):
+        kind = type(model).__name__
+        raise AdapterError(f"{kind} is a wrapper: use its own methods, or give the model that get_base_model() returns")
+
+
 def _state(model: nn.Module) -> Attachment:
+    _check_bare(model)
     attachment = state(model)
     if attachment is None:
         raise AdapterError(f"nothing is attached to this {type(model).__name__}: attach or load an adapter first")

@@ -114,7 +114,7 @@ def load(
 def restore(model: M, directory_or_hub_id: str | Path, name: str = "default", *, revision: str | None = None) -> M:
     """Give an adapter that is attached already the weights of a saved one, in place, and return the model.
 
-    Optimizers keep the parameters they know. Raises as `load` does, and AdapterError for an unknown name or while merged.
+    Optimizers keep the parameters they know. Raises as `load` does; AdapterError for an unknown name and while merged.
     """
     attachment = _known(model, name)
     if attachment.merged:
@@ -159,7 +159,7 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} does not exist{hint}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
 

@@ -30,13 +30,14 @@ class FrozenPrefix(nn.Module):
         stacks = targets.blocks(model)
         self.__dict__["stack"] = list(stacks[0][1]) if len(stacks) == 1 else []
         self._first: int | None = None
-        self._unchecked: list[nn.Module] = []
         self._handle = model.register_forward_pre_hook(self.prepare, with_kwargs=True)
 
     @property
     def first_trainable_block(self) -> int:
-        """Index of the first block with a trainable parameter; the number of blocks when there is none, 0 when
-        something below the blocks trains."""
+        """Index of the first block with a trainable parameter.
+
+        The number of blocks when there is none, 0 when something below the blocks trains.
+        """
         if self._first is None:
             self._first = self._find()
         return self._first
@@ -44,12 +45,9 @@ class FrozenPrefix(nn.Module):
     def refresh(self) -> None:
         """Forget what was planned; called when the set of trainable parameters changes."""
         self._first = None
-        for block in self._unchecked:
-            block.gradient_checkpointing = True  # type: ignore[assignment]
-        self._unchecked = []
         for block in self.stack:
             func = getattr(block, "_gradient_checkpointing_func", None)
-            if isinstance(func, _GradientStart):
+            if isinstance(func, (_GradientStart, _NoRecompute)):
                 block._gradient_checkpointing_func = func.func  # type: ignore[assignment]
 
     def remove(self) -> None:
@@ -58,10 +56,11 @@ class FrozenPrefix(nn.Module):
         self._handle.remove()
 
     def prepare(self, _model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Runs before each forward of the model; does something only in training with checkpointing turned on."""
+        """Runs before each forward of the model; does something only in training, where one of the habits shows."""
         if torch.compiler.is_compiling() or not self.model.training or not self.stack:
             return
-        if not any(getattr(block, "gradient_checkpointing", False) for block in self.stack):
+        checkpointed = any(getattr(block, "gradient_checkpointing", False) for block in self.stack)
+        if not checkpointed and not _requires_input_grads(self.model):
             return
         first = self.first_trainable_block
         if first == 0 and self._trains_below:
@@ -69,9 +68,9 @@ class FrozenPrefix(nn.Module):
         if hasattr(self.model, "disable_input_require_grads") and _requires_input_grads(self.model):
             self.model.disable_input_require_grads()  # type: ignore[no-untyped-call]
         for block in self.stack[:first]:
-            if getattr(block, "gradient_checkpointing", False):
-                block.gradient_checkpointing = False  # type: ignore[assignment]
-                self._unchecked.append(block)
+            func = getattr(block, "_gradient_checkpointing_func", None)
+            if func is not None and not isinstance(func, _NoRecompute):
+                block._gradient_checkpointing_func = _NoRecompute(func)  # type: ignore[assignment]
         if first < len(self.stack):
             block = self.stack[first]
             func = getattr(block, "_gradient_checkpointing_func", None)
@@ -95,6 +94,16 @@ class FrozenPrefix(nn.Module):
             if any(parameter.requires_grad for parameter in block.parameters()):
                 return index
         return len(self.stack)
+
+
+class _NoRecompute:
+    """Stands for a checkpoint where there is nothing to recompute for: the block just runs, its flag stays as it is."""
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        self.func = func
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
 
 
 class _GradientStart:

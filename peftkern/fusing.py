@@ -50,7 +50,7 @@ def fuse(model: nn.Module) -> FuseReport:
             refused[path] = reason
     if not fused and not refused:
         raise AdapterError(
-            f"this {type(model).__name__} has no layer of Hugging Face PEFT to fuse; what peftkern attaches is fused already"
+            f"this {type(model).__name__} has no layer of Hugging Face PEFT to fuse; our own are fused already"
         )
     return FuseReport(tuple(fused), refused)
 

@@ -80,9 +80,10 @@ class PromptHooks(nn.Module):
         tokens = ids if embeds is None else embeds[..., 0]
         if tokens is None:
             raise ValueError("a prompted model wants input_ids or inputs_embeds")
-        mask = values.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
-            raise ValueError(f"attention_mask {tuple(mask.shape)}: a prompted model wants [batch, length]")
+        mask = _whole(values.get("attention_mask"))
+        if past is not None and mask is not None and not torch.compiler.is_compiling() and not mask.any(1).all():
+            raise ValueError("attention_mask: a row has no token to put a prompt in front of; a chunked prefill of padded "
+                             "rows comes to this: generate without prefill_chunk_size")
         self._check_length(tokens.shape[1] + prompt.shape[0])
         prompted = self._concat(prompt, ids, embeds, mask)
         values.update(input_ids=None, inputs_embeds=prompted.embeds, attention_mask=prompted.mask)
@@ -92,7 +93,7 @@ class PromptHooks(nn.Module):
         if values.get("position_ids") is not None:
             values["position_ids"] = prompted.positions
         if values.get("token_type_ids") is not None:
-            index = source_index(torch.ones_like(tokens, dtype=torch.int64) if mask is None else mask, len(prompt))
+            index = source_index(text.to(torch.int64), len(prompt))
             types = values["token_type_ids"].expand_as(tokens).gather(1, index.clamp(0))
             values["token_type_ids"] = types.masked_fill(index < 0, 0)
         values.pop("cache_position", None)
@@ -122,11 +123,14 @@ class PromptHooks(nn.Module):
 
     def extend_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give the rows of the prompt the label -100, for models that keep them in their logits."""
-        if not (self.active and self.keeps_rows) or kwargs.get("labels") is None:
+        if not (self.active and self.keeps_rows):
             return None
-        labels, mask = kwargs["labels"], kwargs.get("attention_mask")
+        values = _bind(module, args, kwargs)
+        labels, mask = values.get("labels"), _whole(values.get("attention_mask"))
+        if labels is None:
+            return None
         index = source_index(torch.ones_like(labels) if mask is None else mask, self.prompt_length())
-        return args, kwargs | {"labels": labels.gather(1, index.clamp(0)).masked_fill(index < 0, IGNORED)}
+        return (), values | {"labels": labels.gather(1, index.clamp(0)).masked_fill(index < 0, IGNORED)}
 
     def prompt_length(self) -> int:
         """T over all active prompts."""
@@ -140,7 +144,7 @@ class PromptHooks(nn.Module):
 
     def _continue(self, values: dict[str, Any], length: int) -> dict[str, Any]:
         """One decoding step: the cache already holds the prompt, the caller's mask and positions do not."""
-        mask, positions = values.get("attention_mask"), values.get("position_ids")
+        mask, positions = _whole(values.get("attention_mask")), values.get("position_ids")
         if mask is not None:
             index = source_index(mask, length)
             values["attention_mask"] = mask.gather(1, index.clamp(0)).masked_fill(index < 0, 1)
@@ -157,6 +161,14 @@ class PromptHooks(nn.Module):
                 f"prompt and text together are {length} tokens, and the backbone has {limit} positions: "
                 f"shorten the text by {length - limit} tokens or use fewer virtual tokens"
             )
+
+
+def _whole(mask: Tensor | None) -> Tensor | None:
+    """An attention mask [B, S] as int64; ValueError for other shapes."""
+    if mask is not None and mask.dim() != 2:
+        hint = "; a static cache makes such masks, for the text alone: use the dynamic one" if mask.dim() == 4 else ""
+        raise ValueError(f"attention_mask {tuple(mask.shape)}: a prompted model wants [batch, length]{hint}")
+    return None if mask is None else mask.to(torch.int64)
 
 
 def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,7 +35,8 @@ class LoraConfig(LayerConfig):
         "ensure_weight_tying": (False,), "megatron_config": (None,), "megatron_core": ("megatron.core", None),
         "loftq_config": (None, {}), "eva_config": (None,), "corda_config": (None,), "lora_ga_config": (None,),
         "velora_config": (None,), "monteclora_config": (None,), "alora_invocation_tokens": (None, []),
-        "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,), "runtime_config": (None, {}),
+        "use_bdlora": (None, False), "arrow_config": (None,), "kasa_config": (None,),
+        "runtime_config": (None, {}, {"ephemeral_gpu_offload": False}),
     }  # fmt: skip
 
     r: int = 8
@@ -112,7 +114,8 @@ class LoRA(LayerAdapter):
 
     def delta_weight(self) -> Tensor:
         """s · B A, [N, K]."""
-        return self.scale * (self.b.float() @ self.a.float())
+        wide = torch.promote_types(self.b.dtype, torch.float32)
+        return self.scale * (self.b.to(wide) @ self.a.to(wide))
 
     def _initialise(self, config: LoraConfig) -> None:
         if config.init_lora_weights == "gaussian":

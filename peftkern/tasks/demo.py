@@ -43,10 +43,10 @@ class Row:
 ROWS = (
     Row("before tuning", "none"),
     Row("head only", "head", 1e-2),
-    Row("LoRA", "lora", 2e-3, {"r": 8}),
-    Row("bottleneck adapter", "adapter", 2e-3, {"reduction_factor": 16}),
-    Row("soft prompt", "prompt_tuning", 1e-2, {"num_virtual_tokens": 10, "prompt_tuning_init": "SAMPLE_VOCAB"}),
-    Row("full fine-tuning", "full", 2e-4),
+    Row("LoRA", "lora", 4e-3, {"r": 8}),
+    Row("bottleneck adapter", "adapter", 4e-3, {"reduction_factor": 16}),
+    Row("soft prompt", "prompt_tuning", 2e-2, {"num_virtual_tokens": 10, "prompt_tuning_init": "SAMPLE_VOCAB"}),
+    Row("full fine-tuning", "full", 2e-4, {"keep_original": False}),
 )
 
 
@@ -72,7 +72,7 @@ def demo(
     _clear(out)
     source = Path(data) if data else generate(out / "data")
     common: dict[str, Any] = {
-        "data": str(source), "model": model, "epochs": 3, "batch_size": 16, "max_length": 96, "progress": False,
+        "data": str(source), "model": model, "epochs": 3, "batch_size": 8, "max_length": 96, "progress": False,
     }  # fmt: skip
     plan = [
         TrainSettings(

@@ -16,7 +16,7 @@ from pathlib import Path
 from peftkern.tasks.conll import write_conll
 from peftkern.tasks.records import Sentence
 
-SIZES = {"train": 640, "dev": 120, "test": 320}
+SIZES = {"train": 480, "dev": 96, "test": 240}
 
 _STARTS = """
 al an bar bel bren cal cor dal del dor el fal fen gar gol hal har il jor kal kar kel lan lor mal mar mel nal nor or pel

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 import peftkern as pk
+from peftkern.checkpoint import restore
 from peftkern.tasks.encode import Encoded
 from peftkern.tasks.objective import PromptObjective
 from peftkern.tasks.settings import METRICS, OPTIMIZERS, TrainSettings
@@ -92,12 +93,6 @@ class StepClock(TrainerCallback):
         """Stop."""
         self.seconds += _now() - self._start
         self.steps += 1
-
-
-def restore(model: nn.Module, checkpoint: Path) -> None:
-    """Give the adapter that is attached the weights saved in `checkpoint`."""
-    pk.detach(model)
-    pk.load(model, checkpoint, trainable=True)
 
 
 def make_trainer(

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import peftkern as pk
-from bench import _worker, step
+from bench import _models, _worker, step
 from bench._measure import Options, Settings, measure, prepare
 
 CPU = Options(torch.device("cpu"), quick=True)
 FULL = dataclasses.replace(CPU, quick=False)
-TINY = [model for model, _ in step._models(CPU)]
+TINY = [model for model, _ in _models.models(CPU)]
 SETTINGS = Settings(rounds=1, least=1, seconds=0.0)
 
 

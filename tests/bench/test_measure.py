@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from bench import _measure
-from bench._measure import Case, Ceilings, Cost, Runner, Settings, measure, relative_error, verdict
+from bench import _clock
+from bench._clock import Runner
+from bench._measure import Case, Ceilings, Cost, Settings, measure, relative_error, verdict
 from bench._row import Row, quantiles
 
 WANT = {"y": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}
@@ -115,7 +116,7 @@ def test_without_a_reference_nothing_is_timed():
 
 
 def test_providers_take_turns(monkeypatch):
-    monkeypatch.setattr(_measure, "_CPU_SAMPLE", 0.0)
+    monkeypatch.setattr(_clock, "CPU_SAMPLE", 0.0)
     log: list[str] = []
     names = ("floor", "torch", "peftkern")
     providers = {name: lambda name=name: runner(WANT, log, name) for name in names}

@@ -1,18 +1,22 @@
 """The command: a run from end to end on tiny shapes, and processes that die."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import _run
+from bench import _run, _worker
 from bench._run import Result, supervise
 
 ROOT = Path(__file__).parents[2]
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
 def command(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
@@ -35,18 +39,43 @@ def test_quick_run_of_one_op(tmp_path):
     assert (tmp_path / "out" / "prompt_concat-quick.csv").is_file()
 
 
-def test_unknown_method_is_an_error_of_one_line(tmp_path):
-    done = command("--quick", "--method", "scael", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "unknown method 'scael'" in done.stderr and "Traceback" not in done.stderr
+def events(*arguments: str) -> "tuple[int, list[dict]]":
+    job = _run._job(_run._parser().parse_args(["--quick", *arguments]), time.time())
+    out = io.StringIO()
+    threads = torch.get_num_threads()
+    try:
+        return _worker.run(job, out), [json.loads(line) for line in out.getvalue().splitlines()]
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--method", "scael"), "unknown method 'scael'"),
+        (("--match", "nothing like it"), "no case has this in its label"),
+        pytest.param(("--device", "cuda"), "torch sees no CUDA device", marks=NO_GPU),
+    ],
+    ids=["method", "match", "device"],
+)
+def test_a_mistake_is_refused_before_anything_is_measured(arguments, said):
+    code, (event,) = events(*arguments)
+    assert code == 2 and event["event"] == "refused" and said in event["message"]
+
+
+def test_a_refusal_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_run, "supervise", lambda job, result: "unknown method 'scael'")
+    assert _run.main(["--quick", "--method", "scael"]) == 2
+    assert capsys.readouterr().err == "error: unknown method 'scael'\n"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_used_up_budget_says_so(tmp_path):
-    done = command("--quick", "--only", "prompt_concat", "--budget", "-1", "--out", ".", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "not run: the time budget is used up" in done.stdout
-    assert json.loads((tmp_path / "prompt_concat-quick.json").read_text())["complete"] is False
+def test_used_up_budget_says_so():
+    code, found = events("--only", "prompt_concat", "--budget", "-1")
+    rows = [row for event in found if event["event"] == "rows" for row in event["rows"]]
+    assert code == 0 and found[-1] == {"event": "end"}
+    assert {(row["status"], row["note"]) for row in rows} == {("not run", "the time budget is used up")}
 
 
 FAKE = """

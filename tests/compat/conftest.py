@@ -16,6 +16,11 @@ NOISE = (
     "`is_gradient_checkpointing` is deprecated",
     "unclosed file",
     "Unable to fetch remote file",
+    "`gradient_checkpointing_enable` is deprecated",
+    "Position ids are not supported",
+    "Adapter default was active",
+    "Input and output embeddings are no longer tied",
+    "`lora_bias=True` was passed",
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,9 @@ def test_what_it_is_made_of(peft):
         assert not hasattr(ours, missing)
     with pytest.raises(pk.errors.AdapterError, match="PeftModel already"):
         pk.get_peft_model(ours, pk.LoraConfig())
+    for call in (pk.merge, pk.detach, lambda model: pk.attach(model, pk.LoraConfig(), "other")):
+        with pytest.raises(pk.errors.AdapterError, match=r"get_base_model\(\)"):
+            call(ours)
     inputs = batch("llama")
     assert torch.equal(ours(**inputs).logits, plain(**inputs).logits)
     ids = inputs["input_ids"][:1]
@@ -338,3 +342,15 @@ def test_a_step_with_gradient_checkpointing_is_peft_s(peft, tmp_path):
     for model in ours, theirs:
         model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert_same_step(ours, theirs, batch("llama"))
+
+
+def test_without_the_other_library(monkeypatch):
+    """`peft` is recognised where it is installed and never needed."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    ours = shake(facade())
+    assert type(ours) is hf.PeftModel
+    assert torch.equal(pickle.loads(pickle.dumps(ours))(**batch("llama")).logits, ours(**batch("llama")).logits)
+    assert pk.get_peft_model(build("llama"), pk.PromptTuningConfig(num_virtual_tokens=2)).active_adapter == "default"
+    monkeypatch.delitem(sys.modules, "peft.tuners.tuners_utils", raising=False)
+    with pytest.raises(pk.errors.AdapterError, match="no layer of Hugging Face PEFT"):
+        pk.fuse(build("llama"))

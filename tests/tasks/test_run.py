@@ -26,7 +26,7 @@ METHODS = {
     "prompt_tuning": {"num_virtual_tokens": 3},
     "head": {},
     "bitfit": {},
-    "full": {},
+    "full": {"keep_original": False},
 }
 
 
