@@ -182,7 +182,7 @@ def verdict(
         budget = own.get(key, own.get(key.split("/")[0], math.inf))
         # A single number may be right in plain PyTorch by chance, so that its error says little.
         rounding = torch.finfo(dtype if value.numel() == 1 else value.dtype).eps
-        slack = 4 * torch.finfo(torch.float32).eps + 0.25 * rounding
+        slack = 8 * torch.finfo(torch.float32).eps + 0.25 * rounding  # sums over thousands of rows, in another order
         budget = min(2 * budget + slack, loose) if strict else loose
         if not error <= budget:
             wrong.append(f"{key} is off by {error:.1e}, budget {budget:.1e}")

@@ -91,9 +91,12 @@ def _leaves(t: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str,
 
 
 def _floor(t: dict[str, Tensor]) -> Runner:
-    """The six products in x's dtype, into fresh outputs: two of the forward, four of the backward."""
-    x, dy = t["x"], t["dy"]
-    down, up = t["down"].to(x.dtype), t["up"].to(x.dtype)
+    """The six products alone: two of the forward, four of the backward.
+
+    In the dtype the adapter is computed in: f32 where it is kept in f32, with x and dy converted beforehand.
+    """
+    compute = torch.promote_types(t["x"].dtype, t["down"].dtype)
+    x, dy, down, up = (t[name].to(compute) for name in ("x", "dy", "down", "up"))
     z = x @ down.T
 
     def forward() -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ from ._device import device_of, launch
 from ._passes import column_kernel, expand_kernel, reduce_kernel, row_kernel
 from ._tiles import row_block_m, tile
 
-#: Splits of the reduced dimension at most; bounds the workspaces.
-MAX_SPLITS = 16
+#: Splits of the columns in the row pass at most: each reads and writes M * R more.
+MAX_COLUMN_SPLITS = 16
 
 
 def row_pass(
@@ -38,7 +38,7 @@ def row_pass(
     blocks_m, blocks_r, blocks_k = triton.cdiv(m, block_m), triton.cdiv(r, t.block_r), triton.cdiv(k, t.block_c)
     splits = 1
     if may_split:
-        splits = max(1, min(processors // (blocks_m * blocks_r), blocks_k // 4, MAX_SPLITS))
+        splits = max(1, min(processors // (blocks_m * blocks_r), blocks_k // 4, MAX_COLUMN_SPLITS))
     per_split = triton.cdiv(blocks_k, splits)
     splits = triton.cdiv(blocks_k, per_split)
     out = torch.empty((splits, m, r), dtype=torch.float32, device=x.device)
@@ -99,7 +99,9 @@ class Gradients:
         rows = src.shape[0]
         blocks = triton.cdiv(min(columns), t.block_c) * triton.cdiv(rank, t.block_r)
         blocks_m = triton.cdiv(rows, t.block_m)
-        splits = max(1, min(4 * device.processors // blocks, blocks_m // 2, MAX_SPLITS))
+        # Writing and reading the partials (8 R bytes per split and column) costs at most half of reading src.
+        affordable = rows * src.element_size() // (16 * t.block_r)
+        splits = max(1, min(4 * device.processors // blocks, blocks_m // 2, affordable))
         per_split = triton.cdiv(blocks_m, splits)
         self.splits = triton.cdiv(blocks_m, per_split)
         self.rows_per_split = per_split * t.block_m
@@ -109,7 +111,7 @@ class Gradients:
         self.partials = self.outputs
         if self.splits > 1 and sizes:
             self._workspace = torch.empty((self.splits, self.size), dtype=torch.float32, device=src.device)
-            self.partials = list(self._workspace[0].split(sizes))
+            self.partials = list(torch.split(self._workspace[0], sizes))
 
     def finish(self) -> list[Tensor]:
         """The sums, in the order of the shapes."""
@@ -127,7 +129,7 @@ def reduce_pass(partial: Tensor, outputs: list[Tensor]) -> None:
 
 
 def column_pass(
-    src: Tensor | None,
+    src: Tensor,
     g: Tensor,
     grads: Gradients,
     drop: Dropout,
@@ -147,15 +149,13 @@ def column_pass(
     src [M, C] · g [M, R] f32 · grad, src_sum [C], g_sum [R]: slots of `grads.partials`, grad by (R, C) strides
     · w [R, C] with base and out [M, C] only where `_tiles.dx_rides_along`.
     """
-    shaped = src if src is not None else out
-    m, r = g.shape
-    c = shaped.shape[1]
+    (m, c), r = src.shape, g.shape[1]
     t = tile("column", precision[0], r, device_of(g).arch)
     blocks_r = triton.cdiv(r, t.block_r)
     launch(
         column_kernel, (triton.cdiv(c, t.block_c), blocks_r, grads.splits),
         src, g, w, base, out, grad, src_sum, g_sum, drop.seed,
-        m, c, r, 0 if src is None else src.stride(0), 0 if base is None else base.stride(0), *grad_strides,
+        m, c, r, src.stride(0), 0 if base is None else base.stride(0), *grad_strides,
         grads.size, grads.rows_per_split, grad_factor, drop.inv_keep, drop.threshold,
         ACT=act, DROPOUT=drop.enabled, PRECISION=precision[0], OUT_PRECISION=precision[1],
         BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r,

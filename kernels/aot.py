@@ -156,8 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     for part in run(names, targets, options.jobs):
         rows += part
-        print(f"\r{len(rows)} variants compiled", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"\r{len(rows)} variants compiled", end="", file=sys.stderr, flush=True)
     rows.sort(key=lambda row: (row["call"], row["kernel"], row["target"]))
     options.out.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     failed = [row for row in rows if "error" in row]

@@ -93,7 +93,7 @@ def _x_pass(
         expand_pass(dh[None], a, dx, dx, 1.0, drop, products[1])
     if fused or da is not None:
         column_pass(
-            x if da is not None else None, dh, grads, drop, products,
+            x, dh, grads, drop, products,
             grad=da, grad_strides=(x.shape[1], 1), grad_factor=drop.inv_keep,
             w=a if fused else None, base=dx if fused else None, out=dx if fused else None,
         )  # fmt: skip
@@ -180,8 +180,7 @@ def _aot_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     cases = [
         (8192, 4096, 4096, 16, bf16, bf16, 0.1),
         (8192, 4096, 4096, 64, bf16, bf16, 0.1),
-        (8192, 4096, 4096, 128, bf16, bf16, 0.0),
-        (8192, 4096, 4096, 256, bf16, bf16, 0.1),
+        (8192, 4096, 4096, 128, bf16, bf16, 0.1),
         (8192, 4096, 4096, 16, bf16, f32, 0.1),
         (8192, 4096, 4096, 64, bf16, f32, 0.1),
         (8192, 4096, 4096, 16, f16, f32, 0.0),

@@ -56,7 +56,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """`<Name>Config` of any installed method, built in or plugged in."""
-    config = registry.config_class(name) if name.endswith("Config") else None
-    if config is None:
-        raise AttributeError(f"module 'peftkern' has no attribute {name!r}{errors.near(name, __all__)}")
-    return config
+    configs = registry.config_classes() if name.endswith("Config") else {}
+    if name not in configs:
+        raise AttributeError(f"module 'peftkern' has no attribute {name!r}{errors.near(name, [*configs, *__all__])}")
+    return configs[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -66,6 +67,15 @@ class AdapterConfig:
             hint = near(str(value), choices)
             raise ConfigError(f"{type(self).__name__}: {name}={value!r}{hint}: want one of {', '.join(choices)}")
 
+    def regular(self, name: str, patterns: Iterable[str]) -> None:
+        """Raise ConfigError, for the field `name`, for a pattern that is no regular expression."""
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                kind = type(self).__name__
+                raise ConfigError(f"{kind}: {name}={pattern!r} is no regular expression: {error}") from error
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, sets as sorted lists."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -109,6 +119,9 @@ class LayerConfig(AdapterConfig):
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", sorted(set(self.target_modules)))
             self.require(bool(self.target_modules), "target_modules", "at least one name")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            self.regular(name, [value] if isinstance(value, str) else [])
         if self.layers_pattern:
             given = self.layers_to_transform is not None
             self.require(given, "layers_to_transform", "block indices beside layers_pattern")
@@ -269,7 +282,7 @@ class AdaptedModule(nn.Module):
         return {key: old[key] for key in new}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedModule:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for parameter in (self.unmerged or {}).values():  # kept aside, and so not a parameter of any module
             parameter.data = fn(parameter.data)
         return self

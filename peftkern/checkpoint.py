@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from peftkern import registry, targets
 from peftkern.adapter import AdapterConfig, LayerConfig, PromptAdapter, Selection
 from peftkern.attach import Plan, _known, adapted_modules
-from peftkern.errors import AdapterError, CheckpointError, TargetError, UnknownMethodError
+from peftkern.errors import AdapterError, CheckpointError, ConfigError, TargetError, UnknownMethodError
 
 M = TypeVar("M", bound=nn.Module)
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -105,7 +106,10 @@ def load(
     config = read_config(directory)
     tensors = read_tensors(directory)
     carried = _base_weights(model, config, tensors)
-    plan = Plan(model, replace(config, inference_mode=not trainable), name, carried)
+    try:
+        plan = Plan(model, replace(config, inference_mode=not trainable), name, carried)
+    except (TargetError, ConfigError) as error:
+        raise CheckpointError(f"{directory} does not fit this {type(model).__name__}: {error}") from error
     _fill(directory, tensors, {_file_key(key, config): p for key, p in plan.parameters().items()}, model)
     plan.commit(trainable)
     return model
@@ -144,6 +148,9 @@ def read_config(directory: str | Path) -> AdapterConfig:
     own = values.get("peftkern") or {}
     method = registry.by_peft_type(values["peft_type"])
     if method is None:
+        installed = own.get("method", values["peft_type"].lower())
+        if installed in registry.names():
+            registry.load(installed)  # it is there and cannot be used: this raises why
         distribution = own.get("distribution")
         hint = f"pip install {distribution}" if distribution else "no distribution is known to provide it"
         raise UnknownMethodError(f"{path}: method {own.get('method', values['peft_type'])!r} is not installed: {hint}")
@@ -181,11 +188,12 @@ def find(directory_or_hub_id: str | Path, revision: str | None = None) -> Path:
 
 
 class _replacing:
-    """Writes data beside `path` on entry; calling the result renames it into place."""
+    """Writes data beside `path` on entry; calling the result renames it into place, until an error in the block."""
 
     def __init__(self, path: Path, data: bytes) -> None:
         self.path, self.data = path, data
         self.temporary: Path | None = None
+        self.old: Path | None = None
 
     def __enter__(self) -> Callable[[], None]:
         handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
@@ -195,20 +203,30 @@ class _replacing:
                 file.write(self.data)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
+        except BaseException:
             self.temporary.unlink(missing_ok=True)
             raise
         self.temporary.chmod(0o666 & ~_umask())
         return self._rename
 
     def _rename(self) -> None:
-        if self.temporary is not None:
-            self.temporary.replace(self.path)
-            self.temporary = None
+        if self.temporary is None:
+            return
+        if self.path.exists():
+            aside = self.temporary.with_name(self.temporary.name + ".old")
+            with suppress(OSError):  # a file system without hard links cannot go back
+                aside.hardlink_to(self.path)
+                self.old = aside
+        self.temporary.replace(self.path)
+        self.temporary = None
 
-    def __exit__(self, *_: object) -> None:
-        if self.temporary is not None:
-            self.temporary.unlink(missing_ok=True)
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and self.old is not None:
+            with suppress(OSError):
+                self.old.replace(self.path)
+        for leftover in (self.temporary, self.old):
+            if leftover is not None:
+                leftover.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -102,16 +102,16 @@ def by_peft_type(peft_type: str) -> type[Method] | None:
     return None
 
 
-def config_class(name: str) -> type[AdapterConfig] | None:
-    """The configuration class of that name among all installed methods, or None."""
+def config_classes() -> dict[str, type[AdapterConfig]]:
+    """Name -> configuration class of every installed method that can be loaded."""
+    found: dict[str, type[AdapterConfig]] = {}
     for method_name in names():
         try:
             config = load(method_name).Config
         except PeftkernError:
             continue
-        if config.__name__ == name:
-            return config
-    return None
+        found.setdefault(config.__name__, config)
+    return found
 
 
 def _load(point: EntryPoint) -> type[Method]:

@@ -183,7 +183,8 @@ void forward(const Bottleneck& op) {
     for (int64_t m = begin * kRowChunk; m < end * kRowChunk && m < op.m; m += kRowChunk) {
       const int64_t rows = op.m - m < kRowChunk ? op.m - m : kRowChunk;
       float* pre = op.pre.as<float>() + m * op.r;
-      shrink<Lane, T>(op.x.as<const T>() + m * op.x.row, op.x.row, rows, op.k, nullptr, 0, down, 1.0f, pre, op.r);
+      shrink<Lane, T>(op.x.as<const T>() + m * op.x.row, op.x.row, rows, op.m - m - rows, op.k, nullptr, 0, down, 1.0f,
+                      pre, op.r);
       if (!op.down_bias.empty())
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t j = 0; j < op.r; ++j) pre[i * op.r + j] += op.down_bias[static_cast<size_t>(j)];
@@ -242,7 +243,8 @@ void backward_rows(const Bottleneck& op, Half<Lane>& half) {
         keep_bits(keys, rows, 0, op.n, op.drop.threshold, bits, half.ldb);
       }
       const T* dy = op.dy.as<const T>() + m * op.dy.row;
-      shrink<Lane, T>(dy, op.dy.row, rows, op.n, bits, half.ldb, up, op.scale * op.drop.inverse_keep, dpre.get(), op.r);
+      shrink<Lane, T>(dy, op.dy.row, rows, op.m - m - rows, op.n, bits, half.ldb, up, op.scale * op.drop.inverse_keep,
+                      dpre.get(), op.r);
       activate(op.act, op.pre.as<const float>() + m * op.r, rows * op.r, z.get(), slope.get());
       float* sums = half.bias_sums.get() + m / kRowChunk * op.r;
       for (int64_t j = 0; j < op.r; ++j) sums[j] = 0.0f;

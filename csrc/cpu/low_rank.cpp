@@ -115,8 +115,8 @@ void forward(const LowRank& op) {
         keep_bits(keys, rows, 0, op.k, op.drop.threshold, bits.get(), ldb);
       }
       float* h = op.h.as<float>() + m * op.r;
-      shrink<Lane, T>(op.x.as<const T>() + m * op.x.row, op.x.row, rows, op.k, op.drop.on ? bits.get() : nullptr, ldb,
-                      a, op.drop.inverse_keep, h, op.r);
+      shrink<Lane, T>(op.x.as<const T>() + m * op.x.row, op.x.row, rows, op.m - m - rows, op.k,
+                      op.drop.on ? bits.get() : nullptr, ldb, a, op.drop.inverse_keep, h, op.r);
       T* y = op.y.as<T>() + m * op.y.row;
       lanes_along_r(h, rows, op.r, op.scale, b.depth, lanes.get());
       const ExpandTo<T> to{y, op.y.row, y, op.y.row, nullptr, nullptr, 0, 0};
@@ -190,7 +190,8 @@ void backward(const LowRank& op) {
       if (op.drop.on)
         for (int64_t i = 0; i < rows; ++i) keys.get()[m + i] = row_key(op.drop.seed, m + i);
       float* to = dh.get() + m * op.r;
-      shrink<Lane, T>(op.dy.as<const T>() + m * op.dy.row, op.dy.row, rows, op.n, nullptr, 0, b, op.scale, to, op.r);
+      shrink<Lane, T>(op.dy.as<const T>() + m * op.dy.row, op.dy.row, rows, op.m - m - rows, op.n, nullptr, 0, b,
+                      op.scale, to, op.r);
       tall.fill(to, op.r, op.r, m, m + rows);
     }
   });

@@ -79,10 +79,11 @@ PEFTKERN_INLINE vf keep_lanes(vf v, const uint8_t* bits, int64_t c) {
   return keep(v, lane_bits(bits, c));
 }
 
-// out[ROWS][COLS] (+)= scale * x[ROWS, c0 : c1] . packed rows
-template <class Lane, class T, int ROWS, int COLS, bool MASKED>
-void dot_tile(const T* x, int64_t ldx, const uint8_t* bits, int64_t ldb, const Lane* packed, int64_t c0, int64_t c1,
-              float scale, bool add, float* out, int64_t ldo, int64_t cols) {
+// out[ROWS][COLS] (+)= scale * x[ROWS, c0 : c1] . packed rows. Meanwhile AHEAD rows from `ahead` on come into the
+// cache.
+template <class Lane, class T, int ROWS, int COLS, bool MASKED, int AHEAD>
+void dot_tile(const T* x, int64_t ldx, const T* ahead, const uint8_t* bits, int64_t ldb, const Lane* packed, int64_t c0,
+              int64_t c1, float scale, bool add, float* out, int64_t ldo, int64_t cols) {
   constexpr int64_t kStep = kLanes * kPerLane<Lane>;
   vf acc[ROWS][COLS];
 #pragma GCC unroll 8
@@ -92,6 +93,8 @@ void dot_tile(const T* x, int64_t ldx, const uint8_t* bits, int64_t ldb, const L
   int64_t c = c0;
   for (; c + kStep <= c1; c += kStep) {
     vf xs[ROWS];
+#pragma GCC unroll 8
+    for (int i = 0; i < AHEAD; ++i) __builtin_prefetch(ahead + i * ldx + c, 0, 2);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
       xs[i] = wide_lanes<Lane>(x + i * ldx + c);
@@ -130,37 +133,43 @@ void dot_tile(const T* x, int64_t ldx, const uint8_t* bits, int64_t ldb, const L
   }
 }
 
-template <class Lane, class T, int COLS, bool MASKED>
-void dot_rows(const T* x, int64_t ldx, int64_t rows, const uint8_t* bits, int64_t ldb, const Lane* packed, int64_t c0,
-              int64_t c1, float scale, bool add, float* out, int64_t ldo, int64_t cols) {
+template <class Lane, class T, int COLS, bool MASKED, int AHEAD>
+void dot_rows(const T* x, int64_t ldx, int64_t rows, const T* ahead, const uint8_t* bits, int64_t ldb,
+              const Lane* packed, int64_t c0, int64_t c1, float scale, bool add, float* out, int64_t ldo,
+              int64_t cols) {
   int64_t m = 0;
   for (; m + kDotRows <= rows; m += kDotRows)
-    dot_tile<Lane, T, kDotRows, COLS, MASKED>(x + m * ldx, ldx, bits + m * ldb, ldb, packed, c0, c1, scale, add,
-                                              out + m * ldo, ldo, cols);
+    dot_tile<Lane, T, kDotRows, COLS, MASKED, AHEAD>(x + m * ldx, ldx, ahead + m * ldx, bits + m * ldb, ldb, packed, c0,
+                                                     c1, scale, add, out + m * ldo, ldo, cols);
   for (; m < rows; ++m)
-    dot_tile<Lane, T, 1, COLS, MASKED>(x + m * ldx, ldx, bits + m * ldb, ldb, packed, c0, c1, scale, add, out + m * ldo,
-                                       ldo, cols);
+    dot_tile<Lane, T, 1, COLS, MASKED, 1>(x + m * ldx, ldx, ahead + m * ldx, bits + m * ldb, ldb, packed, c0, c1, scale,
+                                          add, out + m * ldo, ldo, cols);
 }
 
-// out[rows, R] = scale * drop(x[rows, C]) small^T; bits may be null: no dropout.
+// out[rows, R] = scale * drop(x[rows, C]) small^T; bits may be null: no dropout. `more` rows of x are read next: they
+// are fetched early, because the first block of R waits for memory and the others do not.
 template <class Lane, class T>
-void shrink(const T* x, int64_t ldx, int64_t rows, int64_t cols, const uint8_t* bits, int64_t ldb,
+void shrink(const T* x, int64_t ldx, int64_t rows, int64_t more, int64_t cols, const uint8_t* bits, int64_t ldb,
             const DotPack<Lane>& small, float scale, float* out, int64_t ldo) {
   constexpr int64_t kStep = DotPack<Lane>::kStep;
   constexpr int64_t kMost = kDotBytes / (kLanes * 4);  // vectors
   const int64_t blocks = ceil_div(small.steps, kMost), per_block = ceil_div(small.steps, blocks);
+  const bool few = small.rows <= 2 * kDotCols;
   for (int64_t s0 = 0; s0 < small.steps; s0 += per_block) {
     const int64_t c0 = s0 * kStep;
     const int64_t c1 = (s0 + per_block) * kStep < cols ? (s0 + per_block) * kStep : cols;
     for (int64_t r0 = 0; r0 < small.rows; r0 += kDotCols) {
-      const int64_t left = small.rows - r0;
+      const int64_t left = small.rows - r0, turn = few ? 0 : r0 / kDotCols % kDotRows;
+      const T* ahead = more > 0 ? x + (rows + turn) * ldx : x;
       auto run = [&](auto* f) {
-        f(x, ldx, rows, bits, ldb, small.at(r0, s0), c0, c1, scale, s0 > 0, out + r0, ldo, left);
+        f(x, ldx, rows, ahead, bits, ldb, small.at(r0, s0), c0, c1, scale, s0 > 0, out + r0, ldo, left);
       };
-      if (DotPack<Lane>::width(left) == kDotCols)
-        bits ? run(dot_rows<Lane, T, kDotCols, true>) : run(dot_rows<Lane, T, kDotCols, false>);
+      if (DotPack<Lane>::width(left) != kDotCols)
+        bits ? run(dot_rows<Lane, T, 4, true, 1>) : run(dot_rows<Lane, T, 4, false, 1>);
+      else if (few)
+        bits ? run(dot_rows<Lane, T, kDotCols, true, kDotRows>) : run(dot_rows<Lane, T, kDotCols, false, kDotRows>);
       else
-        bits ? run(dot_rows<Lane, T, 4, true>) : run(dot_rows<Lane, T, 4, false>);
+        bits ? run(dot_rows<Lane, T, kDotCols, true, 1>) : run(dot_rows<Lane, T, kDotCols, false, 1>);
     }
   }
 }

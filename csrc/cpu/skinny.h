@@ -30,29 +30,40 @@ static_assert(kColBlock<float> % kPanel == 0 && kColBlock<Bf16> % kPanel == 0);
 constexpr int64_t kMaskSlack = 16;  // bytes behind the last row that a whole tile may read
 constexpr int64_t mask_stride(int64_t cols) { return ceil_div(cols, 32) * 4; }
 
-// Keep bits of rows x [c0, c0 + cols), c0 % 16 == 0. The generator of peftkern/ops/dropout.py.
+// Keep bits of rows x [c0, c0 + COLS): the generator of peftkern/ops/dropout.py.
+template <int COLS>
+void keep_word(const RowKey* keys, int64_t rows, int64_t c0, uint32_t threshold, uint8_t* bits, int64_t ldb) {
+  constexpr int kVecs = COLS / kLanes;
+  const vu limit = splat(threshold);
+  vu column[kVecs];
+#pragma GCC unroll 8
+  for (int j = 0; j < kVecs; ++j) {
+    const vu c = splat(static_cast<uint32_t>(c0 + j * kLanes)) + iota();
+    column[j] = c ^ (c >> 16);
+  }
+  for (int64_t m = 0; m < rows; ++m) {
+    const vu first = splat(keys[m].first), second = splat(keys[m].second);
+    uint32_t kept = 0;
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) {
+      vu x = (column[j] ^ first) * splat(0x21F0AAADu);
+      x = x ^ (x >> 15) ^ second;
+      x *= splat(0xD35A2D97u);
+      x ^= x >> 15;
+      kept |= bits_at_least(x, limit) << (j * kLanes);
+    }
+    __builtin_memcpy(bits + m * ldb, &kept, COLS / 8);
+  }
+}
+
+// Keep bits of rows x [c0, c0 + cols), c0 % 16 == 0.
 void keep_bits(const RowKey* keys, int64_t rows, int64_t c0, int64_t cols, uint32_t threshold, uint8_t* bits,
                int64_t ldb) {
-  const vu limit = splat(threshold);
-  const int64_t words = ceil_div(cols, 16);
-  for (int64_t w = 0; w < words; ++w) {
-    vu column[16 / kLanes];
-    for (int j = 0; j < 16 / kLanes; ++j) {
-      const vu c = splat(static_cast<uint32_t>(c0 + w * 16 + j * kLanes)) + iota();
-      column[j] = c ^ (c >> 16);
-    }
-    for (int64_t m = 0; m < rows; ++m) {
-      uint32_t word = 0;
-      for (int j = 0; j < 16 / kLanes; ++j) {
-        vu x = (column[j] ^ splat(keys[m].first)) * splat(0x21F0AAADu);
-        x = x ^ (x >> 15) ^ splat(keys[m].second);
-        x *= splat(0xD35A2D97u);
-        x ^= x >> 15;
-        word |= bits_at_least(x, limit) << (j * kLanes);
-      }
-      const uint16_t word16 = static_cast<uint16_t>(word);
-      __builtin_memcpy(bits + m * ldb + w * 2, &word16, sizeof word16);
-    }
+  for (int64_t c = 0; c < cols; c += 32) {
+    if (cols - c > 16)
+      keep_word<32>(keys, rows, c0 + c, threshold, bits + c / 8, ldb);
+    else
+      keep_word<16>(keys, rows, c0 + c, threshold, bits + c / 8, ldb);
   }
 }
 

@@ -59,6 +59,7 @@ class LoraConfig(LayerConfig):
         self.require(all(rank > 0 for rank in (self.rank_pattern or {}).values()), "rank_pattern", "ranks > 0")
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, getattr(self, name) or {})
+            self.regular(name, getattr(self, name))
 
     def for_target(self, path: str) -> LoraConfig:
         """With r and lora_alpha as the patterns have them for this module."""

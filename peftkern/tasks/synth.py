@@ -113,12 +113,15 @@ def generate(folder: Path, seed: int = 7, sizes: dict[str, int] | None = None) -
 
 
 def make_sets(seed: int = 7, sizes: dict[str, int] | None = None) -> dict[str, list[Sentence]]:
-    """The three sets, each with made-up words of its own."""
+    """The three sets, each with made-up words of its own. ValueError for more sentences than there are words."""
     sizes = sizes or SIZES
     generator = random.Random(seed)
     words = sorted({start + middle + end for start in _STARTS for middle in _MIDDLES for end in _ENDS})
+    if sum(sizes.values()) > len(words):
+        raise ValueError(f"sizes={sizes}: there are made-up words for {len(words)} sentences in all")
     generator.shuffle(words)
-    share = {split: len(words) * count // sum(sizes.values()) for split, count in sizes.items()}
+    # Two per sentence: few enough that one word is met as a person here and as a town there.
+    share = {split: min(2, len(words) // sum(sizes.values())) * count for split, count in sizes.items()}
     sets, start = {}, 0
     for split, count in sizes.items():
         pool = words[start : start + share[split]]

@@ -179,7 +179,7 @@ def test_checkpointing_follows_the_active_adapter() -> None:
             probe.runs.clear()
             model(**batch_of("llama")).loss.backward()
             assert [probe.runs[i] for i in range(BLOCKS)] == [1 if i < first else 2 for i in range(BLOCKS)]
-        assert model.is_gradient_checkpointing
+        assert all(b.gradient_checkpointing for b in blocks)
         switch_checkpointing(model, None)
         for name in ("all", "default"):
             pk.set_adapter(model, name)
@@ -268,6 +268,8 @@ def test_saved_bytes_by_layer(family: str) -> None:
 def test_saved_bytes_of_a_lora_by_hand() -> None:
     """One linear map [M, K] -> N with rank R saves x, h = A x in f32, and the seed: nothing of size N, no f32 copy."""
     m, k, n, r = 48, 32, 64, 4
+    if pk.explain("low_rank", torch.ones(1, 1)).backend == "reference":
+        pytest.skip("no compiled backend: plain PyTorch saves what it likes")
     for dtype in (torch.float32, torch.bfloat16):
         model = nn.ModuleDict({"it": nn.Linear(k, n).to(dtype)})
         pk.attach(model, pk.LoraConfig(target_modules=["it"], r=r, lora_dropout=0.1)).train()

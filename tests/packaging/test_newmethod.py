@@ -15,13 +15,13 @@ from tests.packaging.conftest import ROOT, pip_install, run
 
 
 def test_its_tests_pass_as_written(tmp_path: Path) -> None:
-    """The formula, and the checks of the conformance kit on one model; test_plugin.py runs the same files on all."""
+    """The formula and some checks of the kit on one model; test_plugin.py runs the same files in full."""
     done = CliRunner().invoke(app, ["new-method", "my_scale2", "--dir", str(tmp_path)])
     assert done.exit_code == 0, done.output
     folder = tmp_path / "peftkern-my-scale2"
     assert str(folder) in done.output
     site = pip_install(folder, tmp_path / "site", tmp_path)
-    chosen = "bert and not compiles or fits or channel"
+    chosen = "channel or fits or bert and (trains or saves or merges)"
     pytest_ = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     result = run(*pytest_, "-k", chosen, "tests", cwd=folder, path=site)
     assert " passed" in result.stdout

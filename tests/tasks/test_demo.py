@@ -64,7 +64,12 @@ def test_context_decides_not_the_word():
     for sentence in make_sets(7)["train"]:
         for word, tag in zip(sentence.words, sentence.tags, strict=True):
             kinds.setdefault(word, set()).add(tag)
-    assert sum(len(found) > 1 for found in kinds.values()) > 50
+    assert sum(len(found) > 1 for found in kinds.values()) > 100
+
+
+def test_more_sentences_than_words():
+    with pytest.raises(ValueError, match="made-up words for"):
+        make_sets(sizes={"train": 10**6, "dev": 1, "test": 1})
 
 
 def test_demo_compares_saves_loads_back_and_tags(tiny_bert, tmp_path, ner_data, monkeypatch):
