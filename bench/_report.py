@@ -92,14 +92,21 @@ def gates(result: Result) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for row in result.rows:
-        if row.kernel_provider != OURS or row.kernel_operation_mode != "full" or row.metric_name != "speed":
+        if row.kernel_provider != OURS or not _is_whole(row):
             continue
+        what = "full pass" if row.kernel_operation_mode == "full" else "forward without grad"
         limit = row.config.get("limit")
         if limit is not None:
-            found.append(_gate(row, f"full pass <= {limit:g} x floor", row.ratios.get(FLOOR, NOTHING), limit))
+            found.append(_gate(row, f"{what} <= {limit:g} x floor", row.ratios.get(FLOOR, NOTHING), limit))
         if PEER in row.ratios:
-            found.append(_gate(row, "full pass not slower than Hugging Face PEFT", row.ratios[PEER], 1.0))
+            found.append(_gate(row, f"{what} not slower than Hugging Face PEFT", row.ratios[PEER], 1.0))
     return found
+
+
+def _is_whole(row: Row) -> bool:
+    """Whether this is the time of all that the case does: forward and backward, or inference alone."""
+    whole = row.kernel_operation_mode == "full" or row.config.get("grad") is False
+    return whole and row.metric_name == "speed"
 
 
 def _gate(row: Row, wanted: str, ratio: tuple[float, float, float], limit: float) -> dict[str, Any]:
@@ -186,14 +193,14 @@ def _gate_lines(result: Result) -> list[str]:
 
 
 def plot(result: Result) -> bytes | None:
-    """Bars of the full pass over the floor, one group per case; None without matplotlib or without any ratio."""
+    """Bars of the whole pass over the floor, one group per case; None without matplotlib or without any ratio."""
     try:
         import matplotlib
     except ImportError:
         return None
     bars: dict[str, dict[str, tuple[float, float, float]]] = {}
     for row in result.rows:
-        if row.metric_name == "speed" and row.kernel_operation_mode == "full" and FLOOR in row.ratios:
+        if _is_whole(row) and FLOOR in row.ratios:
             bars.setdefault(f"{row.kernel_name} {name(row)}", {})[row.kernel_provider] = row.ratios[FLOOR]
     if not bars:
         return None
@@ -211,7 +218,7 @@ def plot(result: Result) -> bytes | None:
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(bars))], list(bars), fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel("forward + backward, time over the frozen floor (median, 20-80 %)")
+    axes.set_xlabel("forward + backward (or inference), time over the frozen floor (median, 20-80 %)")
     axes.set_title(f"{result.machine.get('gpu_name') or result.machine.get('cpu_name', '')}", fontsize=9)
     axes.legend(fontsize=7)
     out = io.BytesIO()

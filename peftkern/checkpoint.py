@@ -105,8 +105,8 @@ def load(
     directory = find(directory_or_hub_id, revision)
     config = read_config(directory)
     tensors = read_tensors(directory)
-    carried = _base_weights(model, config, tensors)
     try:
+        carried = _base_weights(model, config, tensors)
         plan = Plan(model, replace(config, inference_mode=not trainable), name, carried)
     except (TargetError, ConfigError) as error:
         raise CheckpointError(f"{directory} does not fit this {type(model).__name__}: {error}") from error

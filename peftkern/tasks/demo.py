@@ -21,6 +21,7 @@ from peftkern.tasks.synth import generate
 
 SENTENCE = "Professor Marovka left Talvona Bank in May and moved to Port Selinda ."
 LOADED_BACK = "LoRA"
+GENERATED = "data"
 
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
@@ -69,8 +70,8 @@ def demo(
     out = Path(out)
     started = time.perf_counter()
     resolve(model)
-    _clear(out)
-    source = Path(data) if data else generate(out / "data")
+    _check_empty(out)
+    source = Path(data) if data else generate(out / GENERATED)
     common: dict[str, Any] = {
         "data": str(source), "model": model, "epochs": 3, "batch_size": 8, "max_length": 96, "progress": False,
     }  # fmt: skip
@@ -83,6 +84,8 @@ def demo(
     splits = load_sentences(plan[0].source)
     if not splits.test:
         raise DataError(f"data: {source} has no test set, and the table is about that")
+    for settings in plan:
+        shutil.rmtree(settings.output, ignore_errors=True)
     say(f"{len(splits.train)} training, {len(splits.dev)} development, {len(splits.test)} test sentences in {source}")
     _run_all(plan, say)
     _show(out, say)
@@ -92,15 +95,14 @@ def demo(
     say(f"{time.perf_counter() - started:.0f} s in all")
 
 
-def _clear(out: Path) -> None:
-    """Remove an earlier demo; a folder with anything else is left alone."""
+def _check_empty(out: Path) -> None:
+    """ConfigError for a folder that holds anything but an earlier demo, whose runs are about to be replaced."""
     if not out.exists():
         return
-    ours = {"data", "report.md", "report.png", "curves.png", *(row.folder for row in ROWS)}
+    ours = {GENERATED, "report.md", "report.png", "curves.png", *(row.folder for row in ROWS)}
     others = sorted({path.name for path in out.iterdir()} - ours) if out.is_dir() else [out.name]
     if others:
         raise ConfigError(f"out: {out} holds {', '.join(others[:3])}, which no demo wrote; choose another folder")
-    shutil.rmtree(out)
 
 
 def _run_all(plan: list[TrainSettings], say: Callable[[Any], None]) -> None:
@@ -126,10 +128,13 @@ def _train(settings: TrainSettings, reports: Any) -> None:
 
     try:
         train(settings)
+    except PeftkernError as error:
+        reports.put(str(error))
     except BaseException as error:
         reports.put(f"{type(error).__name__}: {error}")
         raise
-    reports.put("")
+    else:
+        reports.put("")
 
 
 def _show(out: Path, say: Callable[[Any], None]) -> None:

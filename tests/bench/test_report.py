@@ -57,6 +57,21 @@ def test_gates_report(result):
     assert [gate["met"] for gate in _report.gates(result)] == [None, None]
 
 
+def test_inference_has_its_gate_too(result):
+    row = result.rows[0]
+    row.kernel_operation_mode, row.config = "forward", {"case": "64", "grad": False}
+    (gate,) = _report.gates(result)
+    assert gate["wanted"] == "forward without grad not slower than Hugging Face PEFT"
+    row.config = {"case": "64", "grad": True}
+    assert _report.gates(result) == []
+
+
+def test_a_gate_of_what_failed_is_not_measured(result):
+    result.rows[0].status, result.rows[0].ratios = "failed", {}
+    (gate,) = _report.gates(result)
+    assert gate["met"] is None and gate["wanted"] == "full pass <= 1.25 x floor"
+
+
 def test_table_says_what_failed_and_which_gates_are_missed(result):
     text = _report.table(result)
     assert 'missing: No module named "peft", sorry' in text

@@ -126,6 +126,13 @@ def test_an_option_that_is_not_implemented_is_an_error(peft, key, value, tmp_pat
         pk.LoraConfig.from_dict({key: value})
 
 
+def test_a_module_to_save_that_is_not_there_is_an_error(peft, tmp_path):
+    directory = written(tmp_path, peft.LoraConfig(target_modules=["q_proj"]), modules_to_save=["lm_heat"])
+    (directory / checkpoint.WEIGHTS_FILE).write_bytes(checkpoint.serialise({"x": torch.zeros(1)}))
+    with pytest.raises(pk.errors.CheckpointError, match="did you mean 'lm_head'"):
+        pk.load(build("llama"), directory)
+
+
 def test_a_misspelt_key_names_the_right_one(peft, tmp_path):
     directory = written(tmp_path, peft.PromptTuningConfig(num_virtual_tokens=3), num_virtual_token=3)
     with pytest.raises(pk.errors.ConfigError, match="did you mean 'num_virtual_tokens'"):

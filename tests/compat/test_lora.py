@@ -165,7 +165,7 @@ def configurations(draw):
     return name, changes
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(configurations())
 def test_any_configuration_round_trips(peft, tmp_path_factory, drawn):
     name, changes = drawn

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 import peftkern as pk
 from peftkern import checkpoint
 from tests.compat.small import (
-    VOCABULARY,
     assert_same,
     assert_same_step,
     batch,
@@ -158,8 +157,6 @@ def test_configuration_is_peft_s(peft, tmp_path):
 def test_a_prompt_for_another_backbone_is_refused(peft, tmp_path):
     config = peft.PromptTuningConfig(num_virtual_tokens=T, task_type="CAUSAL_LM", token_dim=32)
     config.save_pretrained(tmp_path)
-    checkpoint.serialise({"prompt_embeddings": torch.zeros(T, 32)}, {"format": "pt"})
     (tmp_path / checkpoint.WEIGHTS_FILE).write_bytes(checkpoint.serialise({"prompt_embeddings": torch.zeros(T, 32)}))
-    with pytest.raises(pk.errors.ConfigError, match="token_dim=32: want 24"):
+    with pytest.raises(pk.errors.CheckpointError, match="token_dim=32: want 24"):
         pk.load(build("llama"), tmp_path)
-    assert VOCABULARY == build("llama").config.vocab_size
