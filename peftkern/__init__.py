@@ -22,13 +22,15 @@ from peftkern.attach import (
 )
 from peftkern.checkpoint import load, save
 from peftkern.dispatch import explain, use_backend
-from peftkern.hf import PeftModel, fuse, get_peft_model, unfuse
+from peftkern.hf import PeftConfig, PeftModel, TaskType, fuse, get_peft_model, unfuse
 from peftkern.memory import trainable
 from peftkern.registry import methods
 
 __version__ = "0.1.0"
 __all__ = [
+    "PeftConfig",
     "PeftModel",
+    "TaskType",
     "active_adapters",
     "adapters",
     "attach",

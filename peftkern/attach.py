@@ -264,10 +264,11 @@ def unmerge(model: M) -> M:
 def merge_and_unload(model: M) -> M:
     """Merge the active adapters for good and return the plain model without a trace of peftkern."""
     attachment = _state(model)
+    _check_way_back(attachment, tuple(attachment.configs))
     merge(model)
-    for module in adapted_modules(model):
-        module.unmerged = None
-        module.active = ()
+    for adapted in adapted_modules(model):
+        adapted.unmerged = None
+        adapted.active = ()
     attachment.merged = ()
     kept = [pair for selection in attachment.selected() if selection.active for pair in selection.placed()]
     for name in list(attachment.configs):

@@ -12,6 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from peftkern.errors import MergeError, TargetError
 
 
+_PLAIN_TENSORS = (Tensor, nn.Parameter)  # others (quantised, sharded) bring their own product
+
+
 class BaseLayer:
     """The frozen module under an adapter. Calling it runs the module with all its hooks."""
 
@@ -75,7 +78,7 @@ class BaseLayer:
         ):
             return None
         weight: Tensor = module.weight  # type: ignore[assignment]
-        if not weight.is_floating_point():
+        if type(weight) not in _PLAIN_TENSORS or not weight.is_floating_point():
             return None
         return (weight.T if self._transposed else weight), module.bias  # type: ignore[return-value]
 

@@ -155,3 +155,9 @@ def test_tracker_that_is_not_installed(monkeypatch):
 
 def test_every_setting_has_a_help_text():
     assert all(field.metadata["help"] for field in dataclasses.fields(TrainSettings))
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_example_configurations_are_valid(path):
+    settings = load_settings(path)
+    assert settings.method in ("lora", "adapter", "prompt_tuning")
