@@ -37,7 +37,7 @@ def save(model: nn.Module, directory: str | Path, name: str = "default") -> Path
     Both files are written beside the old ones and then renamed, so that a full disk or a kill leaves the old checkpoint
     readable. Raises AdapterError for an unknown name, CheckpointError when the directory cannot be written.
     """
-    tensors = {key: p.detach().cpu().contiguous().clone() for key, p in parameters(model, name).items()}
+    tensors = {key: _gathered(p.detach()).cpu().contiguous().clone() for key, p in parameters(model, name).items()}
     return write(directory, described(model, name), tensors)
 
 
@@ -227,6 +227,11 @@ class _replacing:
         for leftover in (self.temporary, self.old):
             if leftover is not None:
                 leftover.unlink(missing_ok=True)
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """A shard of FSDP2's as the whole tensor; every rank must ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
 def _umask() -> int:

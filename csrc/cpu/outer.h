@@ -103,13 +103,17 @@ void outer_tile(const Lane* small, int64_t lds, Wide wide, int64_t depth, float*
   for (int i = 0; i < ROWS; ++i) {
     pointers[i] = small + i;
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVecs; ++v) acc[i][v] = load(sums + i * ldsums + v * kLanes);
+    for (int v = 0; v < kTileVecs; ++v) acc[i][v] = vf{};
   }
   tile<Lane, ROWS>(pointers, lds, wide, depth, acc);
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVecs; ++v) store(sums + i * ldsums + v * kLanes, acc[i][v]);
+    for (int v = 0; v < kTileVecs; ++v) {
+      // Chunks are summed apart and then added up: one chain over thousands of rows would cost a digit of f32.
+      float* to = sums + i * ldsums + v * kLanes;
+      store(to, load(to) + acc[i][v]);
+    }
 }
 
 // The column sums of one block of kColBlock columns, built up over chunks of rows. One per thread.

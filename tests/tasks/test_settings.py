@@ -157,7 +157,10 @@ def test_every_setting_has_a_help_text():
     assert all(field.metadata["help"] for field in dataclasses.fields(TrainSettings))
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+CONFIGS = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_example_configurations_are_valid(path):
     settings = load_settings(path)
     assert settings.method in ("lora", "adapter", "prompt_tuning")
