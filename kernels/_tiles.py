@@ -54,6 +54,7 @@ _TILES: dict[tuple[str, str], _Rows] = {
 _OVERRIDES: dict[tuple[str, str, str], _Rows] = {
     ("sm80", "row", "split"): {64: (64, 32, 64, 4, 3)},
     ("sm80", "column", "half"): {64: (32, 128, 64, 8, 2)},
+    ("gfx942", "row", "split"): {128: (64, 32, 128, 4, 3)},
     ("gfx942", "column", "half"): {128: (32, 32, 128, 4, 2)},
     ("gfx942", "column", "split"): {32: (32, 64, 32, 4, 2), 128: (32, 32, 128, 4, 2)},
 }

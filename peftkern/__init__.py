@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import peftkern.methods  # first, so that the function of this name below is what `peftkern.methods` means
+import peftkern.methods  # noqa: F401 - first, so that `peftkern.methods` ends as the function of this name below
 from peftkern import errors, layers, ops, registry
 from peftkern.attach import (
     active_adapters,

@@ -34,7 +34,7 @@ class AdapterConfig:
     method: ClassVar[type[Method]]
     peft_type: ClassVar[str | None] = None
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Fields of Hugging Face PEFT that are accepted only with one of these values, since they change the mathematics."""
+    """Fields of Hugging Face PEFT that are accepted only with one of these values: others change the mathematics."""
 
     task_type: str | None = None
     modules_to_save: list[str] | None = None

@@ -6,8 +6,7 @@ from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from peftkern import frozen, prompting, registry, targets
@@ -151,7 +150,7 @@ def attach(model: M, config: AdapterConfig, name: str = "default") -> M:
 
 
 def detach(model: M, name: str = "default") -> M:
-    """Remove an adapter; removing the last one restores the untouched model to the bit, hooks and grad flags included."""
+    """Remove an adapter; removing the last one restores the untouched model to the bit, hooks and flags included."""
     attachment = _known(model, name)
     _check_way_back(attachment, (name,))
     if attachment.merged:
@@ -301,9 +300,11 @@ def _activate(model: nn.Module, names: tuple[str, ...]) -> None:
             if shared := other.overlaps(selection):
                 raise AdapterError(f"adapters {other_name!r} and {name!r} both train {shared[0]}: activate one of them")
         chosen.append((name, selection))
-    for selection in attachment.selected():
-        if selection.active:
-            selection.swap()
+    leaving = [selection for selection in attachment.selected() if selection.active]
+    for selection in [*leaving, *(selection for _, selection in chosen)]:
+        selection.check_movable()
+    for selection in leaving:
+        selection.swap()
     for _, selection in chosen:
         selection.swap()
     for module in adapted_modules(model):
@@ -399,6 +400,8 @@ def _drop_taps(model: nn.Module, attachment: Attachment) -> None:
 
 def _check_way_back(attachment: Attachment, names: tuple[str, ...]) -> None:
     for name in names:
+        if name in attachment.selections:
+            attachment.selection(name).check_movable()
         if name in attachment.selections and not attachment.selection(name).keep_original:
             raise AdapterError(
                 f"adapter {name!r} trains the backbone in place (keep_original=False): there is no way back"
@@ -411,7 +414,7 @@ def _check_name(model: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not name or "." in name:
         raise AdapterError(f"adapter name {name!r}: want a non-empty string without a dot")
     if hasattr(nn.ModuleDict(), name):
-        raise AdapterError(f"adapter name {name!r} is taken by PyTorch, as an attribute of nn.ModuleDict: choose another")
+        raise AdapterError(f"adapter name {name!r} is an attribute of nn.ModuleDict: choose another name")
     if attachment is not None and name in attachment.configs:
         raise AdapterError(f"an adapter {name!r} is attached already: detach it first, or choose another name")
     if attachment is not None and attachment.merged:

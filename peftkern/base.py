@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from peftkern.errors import MergeError, TargetError
 
-
 _PLAIN_TENSORS = (Tensor, nn.Parameter)  # others (quantised, sharded) bring their own product
 
 
@@ -21,7 +20,7 @@ class BaseLayer:
     def __init__(self, module: nn.Module, path: str = "") -> None:
         if not is_supported(module):
             raise TargetError(
-                f"{path or 'module'} is a {type(module).__name__}: want nn.Linear, Conv1D or nn.Embedding, or a subclass"
+                f"{path or 'module'} is a {type(module).__name__}: want nn.Linear, Conv1D, nn.Embedding or a subclass"
             )
         self.module = module
         self.path = path
@@ -30,6 +29,7 @@ class BaseLayer:
         self._plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The module's own output."""
         out: Tensor = self.module(x)
         return out
 
@@ -67,7 +67,7 @@ class BaseLayer:
 
     @property
     def linear(self) -> tuple[Tensor, Tensor | None] | None:
-        """(weight [N, K], bias) for fused ops, or None where going round the module would skip its hooks or its code."""
+        """(weight [N, K], bias) for fused ops, or None where going round the module would skip its hooks or code."""
         module = self.module
         if (
             not self._plain
@@ -98,10 +98,18 @@ class BaseLayer:
         return new
 
     def check_mergeable(self) -> None:
-        """Raise MergeError for a weight that is quantised or on the meta device."""
+        """Raise MergeError for a weight that is quantised, on the meta device or sharded."""
         weight = self.module.weight
+        if isinstance(weight, Tensor) and is_sharded(weight):
+            raise MergeError(f"{self.path}: weight is sharded, and FSDP2 would put its own back: merge before sharding")
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
-            raise MergeError(f"{self.path}: weight of {type(self.module).__name__} is not a plain floating-point tensor")
+            kind = type(self.module).__name__
+            raise MergeError(f"{self.path}: weight of {kind} is not a plain floating-point tensor")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which FSDP2 and tensor parallelism keep a part on each rank."""
+    return hasattr(type(tensor), "full_tensor")
 
 
 def is_supported(module: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from peftkern import registry, targets
 from peftkern.adapter import AdapterConfig, LayerConfig, PromptAdapter, Selection
 from peftkern.attach import Plan, _known, adapted_modules
+from peftkern.base import is_sharded
 from peftkern.errors import AdapterError, CheckpointError, ConfigError, TargetError, UnknownMethodError
 
 M = TypeVar("M", bound=nn.Module)
@@ -231,7 +232,7 @@ class _replacing:
 
 def _gathered(tensor: Tensor) -> Tensor:
     """A shard of FSDP2's as the whole tensor; every rank must ask for it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _umask() -> int:

@@ -1,4 +1,4 @@
-"""What training costs in memory: parameters, gradients, optimizer state and saved activations, against full fine-tuning."""
+"""What training costs in memory, against full fine-tuning: parameters, gradients, optimizer state, activations."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def saved_bytes(run: Callable[[], Any], exclude: Iterator[Tensor] | list[nn.Parameter] | None = None) -> int:
-    """Bytes of distinct storages that autograd saves for backward while `run()` runs, those of `exclude` not counted."""
+    """Bytes of distinct storages that autograd saves for backward while `run()` runs, without those of `exclude`."""
     excluded = {t.untyped_storage().data_ptr() for t in exclude or ()}
     storages: dict[int, int] = {}
     kept: list[Tensor] = []

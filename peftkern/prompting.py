@@ -16,14 +16,15 @@ from peftkern.ops.prompt_concat import IGNORED, source_index
 
 
 def site(model: nn.Module) -> PromptSite:
-    """Token width, embedding and config of a model; TargetError when it has no token embedding or is encoder-decoder."""
+    """Token width, embedding and config of a model; TargetError without a token embedding and for encoder-decoders."""
     embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     embedding = getattr(embedding, "base_layer", embedding)
     if not isinstance(embedding, nn.Embedding):
         raise TargetError(f"{type(model).__name__} has no token embedding (nn.Embedding) to put a prompt beside")
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        raise TargetError(f"{type(model).__name__} is an encoder-decoder: prompts in front of its input are not supported")
+        kind = type(model).__name__
+        raise TargetError(f"{kind} is an encoder-decoder: prompts in front of its input are not supported")
     return PromptSite(embedding.embedding_dim, embedding, config)
 
 
@@ -82,8 +83,10 @@ class PromptHooks(nn.Module):
             raise ValueError("a prompted model wants input_ids or inputs_embeds")
         mask = _whole(values.get("attention_mask"))
         if past is not None and mask is not None and not torch.compiler.is_compiling() and not mask.any(1).all():
-            raise ValueError("attention_mask: a row has no token to put a prompt in front of; a chunked prefill of padded "
-                             "rows comes to this: generate without prefill_chunk_size")
+            raise ValueError(
+                "attention_mask: a row has no token to put a prompt in front of; "
+                "a chunked prefill of padded rows comes to this: generate without prefill_chunk_size"
+            )
         self._check_length(tokens.shape[1] + prompt.shape[0])
         prompted = self._concat(prompt, ids, embeds, mask)
         values.update(input_ids=None, inputs_embeds=prompted.embeds, attention_mask=prompted.mask)
@@ -155,7 +158,8 @@ class PromptHooks(nn.Module):
 
     def _check_length(self, length: int) -> None:
         limit = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
-        learned = any("position_embeddings" in name or name.endswith("wpe") for name, _ in self.backbone.named_modules())
+        names = [name for name, _ in self.backbone.named_modules()]
+        learned = any("position_embeddings" in name or name.endswith("wpe") for name in names)
         if limit is not None and learned and length > limit:
             raise ValueError(
                 f"prompt and text together are {length} tokens, and the backbone has {limit} positions: "

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from peftkern import targets
+from peftkern.base import is_sharded
+from peftkern.errors import AdapterError
 
 Place = tuple[nn.Module, str]
 
@@ -42,10 +44,17 @@ class SelectedParameters(nn.Module):
                 parameters[key] = parameter
         self.places = list(groups.values())
         self.names = list(paths.values())
+        if any(is_sharded(p) for p in parameters.values()):
+            raise AdapterError(f"{self.names[0]} is sharded by FSDP2: attach before sharding")
         copies = [nn.Parameter(p.detach().clone()) for p in parameters.values()] if keep_original else []
         self.spare = nn.ParameterList(copies)
         self.keep_original = keep_original
         self.active = False
+
+    def check_movable(self) -> None:
+        """Raise AdapterError when FSDP2 has sharded the parameters: it would put its own back in the modules."""
+        if any(is_sharded(parameter) for parameter in [*self.spare, *self.trained().values()]):
+            raise AdapterError(f"{self.names[0]} is sharded by FSDP2: switch, disable and detach before sharding")
 
     def swap(self) -> None:
         """Exchange the spare half with the one in the model."""

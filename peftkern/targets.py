@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from peftkern.base import BaseLayer, is_supported
 from peftkern.errors import TargetError, near
 
-ATTENTION_PROJECTIONS = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn", "qkv_proj", "query_key_value")
+ATTENTION_PROJECTIONS = (
+    "query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn", "qkv_proj", "query_key_value",
+)  # fmt: skip
 """Names under which the field's models keep the query and value projections: the default targets of LoRA's paper."""
 
 TASK_HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier")

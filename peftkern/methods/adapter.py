@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,11 @@ from peftkern.base import BaseLayer, adapter_dtype
 from peftkern.errors import TargetError
 from peftkern.ops.bottleneck import ACTIVATIONS
 
-PLACEMENTS = {"attention_and_ffn": ("attention_output", "ffn_output"), "ffn": ("ffn_output",), "parallel": ("ffn_output",)}
+PLACEMENTS = {
+    "attention_and_ffn": ("attention_output", "ffn_output"),
+    "ffn": ("ffn_output",),
+    "parallel": ("ffn_output",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,7 @@ class Bottleneck(LayerAdapter):
 
     @classmethod
     def sites(cls, model: nn.Module, config: BottleneckConfig) -> list[Site]:
-        """The projections that end the sublayers named by `placement`, in the blocks that `layers_to_transform` keeps."""
+        """The projections that end the sublayers `placement` names, in the blocks `layers_to_transform` keeps."""
         if config.target_modules is not None:
             return [Site(path) for path in targets.match(model, config)]
         layers = config.layers_to_transform

@@ -39,5 +39,6 @@ class BitFit(Selection):
             if config.target_modules is None or targets.matches(path, config.target_modules):
                 wanted.append(name)
         if not wanted:
-            raise TargetError(f"{type(model).__name__} has no bias that target_modules={config.target_modules!r} matches")
+            spec = config.target_modules
+            raise TargetError(f"{type(model).__name__} has no bias that target_modules={spec!r} matches")
         return wanted

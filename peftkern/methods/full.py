@@ -13,7 +13,8 @@ from peftkern.adapter import AdapterConfig, Selection
 @dataclass(frozen=True, kw_only=True)
 class FullConfig(AdapterConfig):
     """Every parameter trains. keep_original=False trains them in place: no second copy of the backbone in memory, and
-    then `detach` and `disabled` raise, since there is nothing to go back to."""
+    then `detach` and `disabled` raise, since there is nothing to go back to.
+    """
 
     keep_original: bool = True
 

@@ -41,7 +41,8 @@ class Head(Selection):
         own = list(targets.named_parameters(model))
         heads = [name for name, p in own if (id(p) not in inside if inside else _in_head(name))]
         if not heads and not config.last_k:
-            raise TargetError(f"{type(model).__name__} has no task head outside its backbone: load it with one, or set last_k")
+            kind = type(model).__name__
+            raise TargetError(f"{kind} has no task head outside its backbone: load it with one, or set last_k")
         stacks = targets.blocks(model)
         longest = max((len(stack) for _, stack in stacks), default=0)
         config.require(config.last_k <= longest, "last_k", f"at most {longest}, the number of blocks")

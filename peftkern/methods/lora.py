@@ -55,7 +55,8 @@ class LoraConfig(LayerConfig):
         self.require(0.0 <= self.lora_dropout < 1.0, "lora_dropout", "0 <= p < 1")
         self.require(self.lora_alpha > 0, "lora_alpha", "a number > 0")
         self.one_of("bias", ("none", "all", "lora_only"))
-        self.require(self.init_lora_weights in (True, False, "gaussian"), "init_lora_weights", "True, False, 'gaussian'")
+        known = self.init_lora_weights in (True, False, "gaussian")
+        self.require(known, "init_lora_weights", "True, False or 'gaussian'")
         self.require(all(rank > 0 for rank in (self.rank_pattern or {}).values()), "rank_pattern", "ranks > 0")
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, getattr(self, name) or {})

@@ -18,7 +18,7 @@ class PromptTuningConfig(AdapterConfig):
     """Fields as Hugging Face PEFT's PromptTuningConfig.
 
     num_virtual_tokens: T. prompt_tuning_init: "RANDOM" (standard normal), "SAMPLE_VOCAB" (embeddings of T random
-    tokens) or "TEXT" (embeddings of prompt_tuning_init_text, tokenised by tokenizer_name_or_path, repeated or cut to T).
+    tokens) or "TEXT" (embeddings of prompt_tuning_init_text, tokenised by tokenizer_name_or_path, made to fit T).
     token_dim, num_layers, num_attention_heads and num_transformer_submodules describe the backbone; a token_dim that
     is not the backbone's raises TargetError.
     """

@@ -14,7 +14,12 @@ from peftkern.errors import near
 from peftkern.ops._op import Op, autocast_dtype, autograd, choose, kernel, rows
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 def reference(

@@ -242,7 +242,7 @@ def _check(
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Cases for tests and benchmarks: (readable id, keyword arguments); odd sizes, 0 and 1 rows, strides, mixed dtypes."""
+    """Cases for tests and benchmarks: (readable id, keyword arguments)."""
     generator = torch.Generator().manual_seed(0)
 
     def rand(*shape: int, dt: torch.dtype = dtype) -> Tensor:

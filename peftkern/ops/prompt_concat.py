@@ -53,7 +53,7 @@ def reference(
     mask = _check(prompt, ids, table, embeds, mask, labels)
     if embeds is None:
         embeds = F.embedding(_required(ids), _required(table))
-    batch, length, hidden = embeds.shape
+    length, hidden = embeds.shape[1:]
     source = source_index(mask, prompt.shape[0])
     if prompt.shape[0] == 0:
         out = embeds
@@ -82,7 +82,7 @@ def prompt_concat(
     """Fused embedding look-up and prompt concatenation; arguments and result as `reference`.
 
     The embedding table is frozen here: a table that requires grad goes through F.embedding first.
-    Saves the mask only. Raises ValueError for shapes that do not fit and when not exactly one of ids or embeds is given.
+    Saves the mask only. Raises ValueError for shapes that do not fit and unless one of ids and embeds is given.
     """
     mask = _check(prompt, ids, table, embeds, mask, labels)
     if ids is not None and _required(table).requires_grad:

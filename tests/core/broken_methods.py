@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -46,7 +47,9 @@ def breaks(*checks):
 
     def register(cls):
         name = cls.__name__.lower()
-        config = dataclass(frozen=True, kw_only=True)(type(f"{cls.__name__}Config", (LayerConfig,), {"__module__": __name__}))
+        config = dataclass(frozen=True, kw_only=True)(
+            type(f"{cls.__name__}Config", (LayerConfig,), {"__module__": __name__})
+        )
         made = type(cls)(cls.__name__, (cls,), {"name": name, "Config": cls.__dict__.get("Config", config)})
         made.__module__, made.__qualname__ = __name__, cls.__name__
         globals()[config.__name__] = config
@@ -101,7 +104,7 @@ class ForgetsToSave(Sound):
 
 @breaks("switches_between_two", "copies_and_pickles")
 class Shares(Sound):
-    common = {}
+    common: ClassVar[dict] = {}
 
     def __init__(self, base, config):
         super().__init__(base, config)

@@ -121,8 +121,14 @@ def test_layers_and_exclusions() -> None:
         return [m.base.path[19:] for m in adapted_modules(pk.attach(tiny_bert(), pk.BottleneckConfig(**fields)))]
 
     assert paths(layers_to_transform=1) == ["1.output.dense"]
-    assert paths(layers_to_transform=[0], placement="attention_and_ffn") == ["0.attention.output.dense", "0.output.dense"]
-    assert paths(placement="attention_and_ffn", exclude_modules=["attention.output.dense"]) == ["0.output.dense", "1.output.dense"]
+    assert paths(layers_to_transform=[0], placement="attention_and_ffn") == [
+        "0.attention.output.dense",
+        "0.output.dense",
+    ]
+    assert paths(placement="attention_and_ffn", exclude_modules=["attention.output.dense"]) == [
+        "0.output.dense",
+        "1.output.dense",
+    ]
     assert paths(target_modules=["value"], layers_to_transform=[0]) == ["0.attention.self.value"]
     model = tiny_bert()
     with unchanged(model), pytest.raises(TargetError, match="no place is left"):

@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(saved: Path, monkeypatch, call: s
     real = getattr(getattr(checkpoint, module), name)
     with monkeypatch.context() as patch:
         patch.setattr(f"peftkern.checkpoint.{call}", Disk(real, left))
-        with unchanged(model), pytest.raises(CheckpointError, match="No space left on device.*before is intact"):
+        with unchanged(model), pytest.raises(CheckpointError, match=r"No space left on device.*before is intact"):
             pk.save(model, saved)
     assert content(saved) == before
     pk.load(tiny_bert(), saved)
@@ -155,7 +155,7 @@ def test_a_file_that_grows_too_large(saved: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with unchanged(model), pytest.raises(CheckpointError, match="too large.*before is intact"):
+        with unchanged(model), pytest.raises(CheckpointError, match=r"too large.*before is intact"):
             pk.save(model, saved)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -193,7 +193,12 @@ def test_weights_of_another_kind(saved: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "not a JSON file"), ('{"r": 8', "not a JSON file"), ("[]", "names no peft_type"), ('{"r": 8}', "names no peft_type")],
+    [
+        ("", "not a JSON file"),
+        ('{"r": 8', "not a JSON file"),
+        ("[]", "names no peft_type"),
+        ('{"r": 8}', "names no peft_type"),
+    ],
 )
 def test_a_configuration_that_is_none(saved: Path, text: str, message: str) -> None:
     (saved / CONFIG).write_text(text)
@@ -279,5 +284,8 @@ def test_restore_into_an_attached_adapter(saved: Path, tmp_path: Path) -> None:
     with unchanged(other), pytest.raises(CheckpointError, match=r"is \(8, 32\), wanted \(4, 32\)"):
         checkpoint.restore(other, saved)
     third = pk.attach(tiny_bert(), pk.BottleneckConfig())
-    with unchanged(third), pytest.raises(CheckpointError, match="holds a lora, and adapter 'default' is a adapter|holds a"):
+    with (
+        unchanged(third),
+        pytest.raises(CheckpointError, match="holds a lora, and adapter 'default' is a adapter"),
+    ):
         checkpoint.restore(third, saved)

@@ -41,7 +41,7 @@ def test_one_graph_for_all_batch_sizes(case: str) -> None:
     build, config = CASES[case]
     model = pk.attach(build(), config()).eval()
     compiled, counter = counted(model)
-    # PyTorch compiles the hooks of the outermost module by themselves; the one of prompts, for labels, has tensors in it.
+    # PyTorch compiles the hooks of the outermost module apart; that of prompts, for labels, has tensors in it.
     graphs = 2 if case.startswith("prompt") else 1
     for rows, length in ((2, 6), (3, 7), (5, 9), (4, 12), (7, 5)):
         batch = token_batch(rows, length, labels=5)

@@ -17,7 +17,7 @@ def test_installed_method(peftkern_case: PytestCase) -> None:
 test_lora_everywhere = conformance_tests(
     "lora",
     {
-        "target_modules": ".*(word_embeddings|wte|embed_tokens|query|c_attn|c_proj|q_proj|down_proj|layer.0.output.dense)",
+        "target_modules": ".*(word_embeddings|wte|embed_tokens|query|c_attn|c_proj|q_proj|down_proj|0.output.dense)",
         "use_rslora": True,
         "bias": "lora_only",
         "rank_pattern": {"wte|q_proj|query": 3},

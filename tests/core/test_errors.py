@@ -113,7 +113,7 @@ def test_misspelt_method() -> None:
         registry.load("lroa")
     with pytest.raises(UnknownMethodError, match="did you mean 'prompt_tuning'"):
         pk.methods()["prompt-tuning"]
-    with pytest.raises(UnknownMethodError, match="installed: .*adapter.*lora"):
+    with pytest.raises(UnknownMethodError, match=r"installed: .*adapter.*lora"):
         registry.load("something else entirely")
     with pytest.raises(AttributeError, match="has no attribute 'LoRAConfig'; did you mean 'LoraConfig'"):
         _ = pk.LoRAConfig
@@ -146,7 +146,9 @@ def test_configurations_are_frozen() -> None:
 def test_errors_are_also_what_they_are_in_python() -> None:
     assert issubclass(ConfigError, ValueError) and issubclass(RegistryError, LookupError)
     assert issubclass(BackendError, RuntimeError)
-    assert all(issubclass(e, PeftkernError) for e in (TargetError, AdapterError, ConfigError, RegistryError, BackendError))
+    assert all(
+        issubclass(e, PeftkernError) for e in (TargetError, AdapterError, ConfigError, RegistryError, BackendError)
+    )
     assert near("qery", ["query", "key"]) == "; did you mean 'query'?"
     assert near("xyz", ["query"]) == ""
 
@@ -208,10 +210,10 @@ def test_a_plugin_that_claims_a_built_in_name(site: Path, tmp_path: Path) -> Non
     saved = pk.save(model, tmp_path / "saved")
     install(site, "rival_one", "lora = rival_one:LoRA", "class LoRA: pass")
     registry._read_entry_points.cache_clear()
-    with pytest.raises(PluginConflictError, match="peftkern .* and rival_one"):
+    with pytest.raises(PluginConflictError, match=r"peftkern .* and rival_one"):
         registry.load("lora")
     plain = tiny_bert()
-    with unchanged(plain), pytest.raises(PluginConflictError, match="peftkern .* and rival_one"):
+    with unchanged(plain), pytest.raises(PluginConflictError, match=r"peftkern .* and rival_one"):
         pk.load(plain, saved)
 
 

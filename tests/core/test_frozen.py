@@ -1,4 +1,4 @@
-"""The frozen backbone costs nothing below the first trainable module, whoever checkpoints: tensors and bytes counted."""
+"""The frozen backbone costs nothing below the first trainable module, whoever checkpoints: all is counted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pickle
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -255,11 +256,13 @@ def test_saved_bytes_by_layer(family: str) -> None:
     batch = batch_of(family)
 
     def saved(layers: list[int]) -> int:
-        model = pk.attach(BUILD[family](), pk.LoraConfig(target_modules="all-linear", layers_to_transform=layers)).train()
+        model = pk.attach(
+            BUILD[family](), pk.LoraConfig(target_modules="all-linear", layers_to_transform=layers)
+        ).train()
         return saved_bytes(lambda: model(**batch).loss, list(model.parameters()))
 
     costs = [saved(list(range(first, BLOCKS))) for first in range(BLOCKS)]
-    steps = [high - low for high, low in zip(costs, costs[1:], strict=False)]
+    steps = [high - low for high, low in pairwise(costs)]
     assert all(step > 0 for step in steps)
     # The second block and those above it are alike; the first one also keeps its input alive.
     assert len(set(steps[1:])) == 1, costs

@@ -10,7 +10,16 @@ from torch import nn
 import peftkern as pk
 from peftkern import registry
 from peftkern.errors import ConfigError, UnknownMethodError
-from peftkern.testing import CHECKS, MODELS, TinyModel, check_method, conformance_tests, tiny_bert, token_batch, unchanged
+from peftkern.testing import (
+    CHECKS,
+    MODELS,
+    TinyModel,
+    check_method,
+    conformance_tests,
+    tiny_bert,
+    token_batch,
+    unchanged,
+)
 from peftkern.testing.conformance import FITS, PytestCase, cases
 
 from . import broken_methods
@@ -73,7 +82,9 @@ def test_a_model_of_ones_own() -> None:
             return self.inner(**batch)
 
     mine = TinyModel("mine", Wrapped, lambda: token_batch(labels=5))
-    report = check_method("lora", {"r": 2}, models=[mine], checks=["trains", "saves_and_loads", "checkpoints_gradients"])
+    report = check_method(
+        "lora", {"r": 2}, models=[mine], checks=["trains", "saves_and_loads", "checkpoints_gradients"]
+    )
     assert report.passed == ["lora-mine-trains", "lora-mine-saves_and_loads"]
     assert "Wrapped has no gradient checkpointing" in report.skipped[0][1]
 

@@ -32,7 +32,9 @@ def conv(k: int, n: int) -> Conv1D:
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("make", [nn.Linear, conv, lambda k, n: nn.Linear(k, n, bias=False)], ids=["linear", "conv1d", "no bias"])
+@pytest.mark.parametrize(
+    "make", [nn.Linear, conv, lambda k, n: nn.Linear(k, n, bias=False)], ids=["linear", "conv1d", "no bias"]
+)
 def test_formula(make, rslora: bool) -> None:
     module = make(7, 5)
     x = torch.randn(2, 3, 7)

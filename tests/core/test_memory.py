@@ -17,7 +17,9 @@ GPT2 = (61 + 64) * 32 + 2 * (32 * 96 + 96 + 32 * 32 + 32 + 32 * 128 + 128 + 128 
 LLAMA = 2 * 61 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
 
 
-def check(model: nn.Module, ours: int, total: int, bytes_each: int = 4, full: int | None = None, full_each: int = 4) -> None:
+def check(
+    model: nn.Module, ours: int, total: int, bytes_each: int = 4, full: int | None = None, full_each: int = 4
+) -> None:
     report = pk.trainable(model)
     assert report.trainable == ours
     assert report.total == total

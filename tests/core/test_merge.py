@@ -43,8 +43,17 @@ def test_while_merged_nothing_else_is_let_in(tmp_path) -> None:
 
 def test_nothing_active_and_nothing_attached() -> None:
     model = tiny_bert()
-    for act in (pk.merge, pk.unmerge, pk.detach, lambda m: pk.set_adapter(m, "x"), lambda m: pk.disabled(m).__enter__()):
-        with unchanged(model), pytest.raises(AdapterError, match="nothing is attached to this BertForTokenClassification"):
+    for act in (
+        pk.merge,
+        pk.unmerge,
+        pk.detach,
+        lambda m: pk.set_adapter(m, "x"),
+        lambda m: pk.disabled(m).__enter__(),
+    ):
+        with (
+            unchanged(model),
+            pytest.raises(AdapterError, match="nothing is attached to this BertForTokenClassification"),
+        ):
             act(model)
     pk.attach(model, pk.LoraConfig())
     pk.set_adapter(model, [])
@@ -101,7 +110,7 @@ def test_overflow_of_a_half_weight_is_seen() -> None:
 def test_a_weight_that_is_not_plain() -> None:
     for module in (nn.Linear(4, 4, device="meta"), _quantised()):
         model = pk.attach(nn.ModuleDict({"it": module}), pk.LoraConfig(target_modules=["it"]))
-        with pytest.raises(MergeError, match="it: weight of .* is not a plain floating-point tensor"):
+        with pytest.raises(MergeError, match=r"it: weight of .* is not a plain floating-point tensor"):
             pk.merge(model)
 
 

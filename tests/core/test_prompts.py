@@ -83,7 +83,9 @@ def test_token_types_follow_their_tokens() -> None:
     plain, model = tiny_bert(), prompted(tiny_bert())
     ids, types = torch.tensor([[0, 5, 6, 7]]), torch.tensor([[0, 1, 1, 0]])
     mask = (ids > 0).long()
-    embeds = torch.cat([torch.zeros(1, 1, 32), rows_of(model)[None], plain.bert.embeddings.word_embeddings(ids[:, 1:])], 1)
+    embeds = torch.cat(
+        [torch.zeros(1, 1, 32), rows_of(model)[None], plain.bert.embeddings.word_embeddings(ids[:, 1:])], 1
+    )
     want = plain(
         inputs_embeds=embeds,
         attention_mask=torch.tensor([[0] + [1] * (T + 3)]),
@@ -99,9 +101,7 @@ def test_generation_of_padded_rows_is_that_of_single_rows(name: str) -> None:
     batch = token_batch(rows=4, length=7, pad="left")
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     for use_cache in (True, False):
-        got = model.generate(
-            batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=use_cache, **options
-        )
+        got = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=use_cache, **options)
         assert got.shape == (4, 7 + 8), "the ids of the prompt do not exist, and the text comes back in front"
         for row in range(4):
             alone = model.generate(batch["input_ids"][row : row + 1, row:], use_cache=use_cache, **options)
@@ -224,7 +224,9 @@ def test_sequence_classification_takes_the_last_real_token(kind: str, pad: str) 
     common = {"vocab_size": 61, "pad_token_id": 0, "num_labels": 3}
     torch.manual_seed(2)
     if kind == "gpt2":
-        model = GPT2ForSequenceClassification(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **common)).eval()
+        model = GPT2ForSequenceClassification(
+            GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **common)
+        ).eval()
     else:
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
         model = LlamaForSequenceClassification(LlamaConfig(**sizes, **common)).eval()
@@ -276,7 +278,9 @@ def test_text_of_length_zero() -> None:
 
 def test_too_long_for_learned_positions() -> None:
     model = prompted(tiny_gpt2(), length=10)
-    with pytest.raises(ValueError, match=r"together are 66 tokens, and the backbone has 64 positions: shorten the text by 2"):
+    with pytest.raises(
+        ValueError, match=r"together are 66 tokens, and the backbone has 64 positions: shorten the text by 2"
+    ):
         model(torch.ones(1, 56, dtype=torch.int64))
     assert prompted(tiny_llama(), length=10)(torch.ones(1, 60, dtype=torch.int64)).logits.shape[1] == 70
 

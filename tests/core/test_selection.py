@@ -119,12 +119,17 @@ def test_modules_to_save(tmp_path) -> None:
     again = pk.load(tiny_bert(), tmp_path)
     assert torch.equal(again(**token_batch(labels=5)).logits, model(**token_batch(labels=5)).logits)
     plain = tiny_bert()
-    with unchanged(plain), pytest.raises(TargetError, match="modules_to_save: no module is called 'clasifier'; did you mean 'classifier'"):
+    with (
+        unchanged(plain),
+        pytest.raises(TargetError, match="modules_to_save: no module is called 'clasifier'; did you mean 'classifier'"),
+    ):
         pk.attach(plain, pk.LoraConfig(modules_to_save=["clasifier"]))
 
 
 def test_modules_to_save_wins_over_target_modules() -> None:
-    model = pk.attach(tiny_bert(), pk.LoraConfig(target_modules=["query", "classifier"], modules_to_save=["classifier"]))
+    model = pk.attach(
+        tiny_bert(), pk.LoraConfig(target_modules=["query", "classifier"], modules_to_save=["classifier"])
+    )
     assert not hasattr(model.classifier, "base_layer")
     assert "classifier.weight" in training(model)
 

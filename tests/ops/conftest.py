@@ -17,7 +17,8 @@ import peftkern as pk
 from peftkern import dispatch
 from peftkern.ops._op import Op
 
-OPS: list[Op] = [importlib.import_module(f"peftkern.ops.{name}").OP for name in ("low_rank", "bottleneck", "prompt_concat")]
+NAMES = ("low_rank", "bottleneck", "prompt_concat")
+OPS: list[Op] = [importlib.import_module(f"peftkern.ops.{name}").OP for name in NAMES]
 BACKENDS = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else dispatch.ORDER
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
