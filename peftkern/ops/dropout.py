@@ -13,7 +13,7 @@ _LOW = 0xFFFFFFFF
 
 def new_seed(device: torch.device) -> Tensor:
     """Draw a seed, int64 [1] on `device`, from torch's own generator: checkpointing and `manual_seed` replay it."""
-    return torch.empty(1, dtype=torch.int64, device=device).random_()
+    return torch.randint(2**62, (1,), device=device)
 
 
 def check_probability(p: float) -> None:
