@@ -83,12 +83,9 @@ def kernel(backend: str, op: str) -> dispatch.Backend:
     return loaded
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose_constant(op: str, device: str, dtype: torch.dtype, _forced: str | None) -> str:
     return dispatch.choose(op, torch.device(device), dtype)
-
-
-# What torch.compiler.assume_constant_result does, which would import torch._dynamo here: more than a second.
-_choose_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(op: str, x: Tensor, adapter: Tensor, **dims: int) -> str:
