@@ -27,7 +27,7 @@ def distribution(site: Path, name: str, points: str, module: str = "") -> None:
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder on sys.path with one broken plugin and one that claims `lora`."""
-    distribution(tmp_path, "cracked", "cracked = cracked:Cracked", "raise RuntimeError('no such luck')")
+    distribution(tmp_path, "fractured", "fractured = fractured:Fractured", "raise RuntimeError('no such luck')")
     distribution(tmp_path, "hollow", "hollow = hollow:Hollow", "class Hollow: pass")
     distribution(tmp_path, "other-lora", "lora = other_lora:LoRA", "class LoRA: pass")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -37,11 +37,11 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("site")
 def test_broken_plugins_are_listed_with_their_error() -> None:
     methods = pk.methods()
-    assert "RuntimeError: no such luck" in (methods["cracked"].error or "")
-    assert "cracked" in methods["cracked"].distribution
+    assert "RuntimeError: no such luck" in (methods["fractured"].error or "")
+    assert "fractured" in methods["fractured"].distribution
     assert "subclass of peftkern.adapter.Method" in (methods["hollow"].error or "")
     with pytest.raises(PluginLoadError, match="no such luck"):
-        pk.registry.load("cracked")
+        pk.registry.load("fractured")
 
 
 @pytest.mark.usefixtures("site")
@@ -61,13 +61,13 @@ def test_others_go_on_working() -> None:
 def test_methods_command_lists_everything() -> None:
     done = CliRunner().invoke(app, ["methods"], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
-    for word in ("bitfit", "cracked", "no such luck", "claimed by", "other-lora"):
+    for word in ("bitfit", "fractured", "no such luck", "claimed by", "other-lora"):
         assert word in done.output
 
 
 @pytest.mark.usefixtures("site")
 def test_doctor_says_how_to_mend_them() -> None:
     found = {finding.name: finding for finding in doctor.examine() if finding.section == "methods"}
-    assert "pip uninstall cracked" in found["cracked"].fix
+    assert "pip uninstall fractured" in found["fractured"].fix
     assert "uninstall one of them" in found["lora"].problem
     assert not found["bitfit"].problem
