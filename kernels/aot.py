@@ -109,6 +109,11 @@ def _hip_usage(assembly: str) -> Row:
     }
 
 
+def _told(error: Exception) -> str:
+    """Type and end of the message: a compilation error begins with the whole source."""
+    return f"{type(error).__name__}: {str(error)[-2000:]}"
+
+
 def _compile_share(module: str, target: str, share: int, shares: int) -> list[Row]:
     """One worker's part of a module's variants: sources are not picklable, so that each worker records its own."""
     rows = []
@@ -121,7 +126,7 @@ def _compile_share(module: str, target: str, share: int, shares: int) -> list[Ro
             if row["shared_bytes"] > TARGETS[target].shared:
                 row["error"] = f"{row['shared_bytes']} bytes of shared memory, {target} has {TARGETS[target].shared}"
         except Exception as error:
-            row = {"kernel": source.fn.fn.__name__, "call": name, "target": target, "error": f"{error!r}"[:2000]}
+            row = {"kernel": source.fn.fn.__name__, "call": name, "target": target, "error": _told(error)}
         rows.append(row | {"seconds": round(time.perf_counter() - begin, 2)})
     return rows
 
