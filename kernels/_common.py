@@ -5,6 +5,7 @@ Letters: x input, M rows, K in, N out, R rank, T prompt, B batch, S sequence, H 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -214,6 +215,25 @@ def activation_grad(v, ACT: tl.constexpr):
     return d
 
 
+@triton.jit
+def _count_kernel(out_ptr, n):
+    count = 0
+    for _ in range(n):
+        count += 1
+    tl.store(out_ptr, count)
+
+
+@functools.cache
+def _interpreter_failure() -> str | None:
+    """Why this Triton's interpreter cannot run loops: the one of 3.6 cannot with numpy 2.4 and later."""
+    out = torch.zeros(1, dtype=torch.int32)
+    try:
+        _count_kernel[(1,)](out, 2)
+    except Exception as error:
+        return f"the interpreter of Triton {triton.__version__} fails with this numpy (want Triton >= 3.7): {error}"
+    return None
+
+
 def refuse_common(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
     """Why the Triton kernels cannot run there, or None."""
     if dtype not in _DTYPES:
@@ -221,6 +241,8 @@ def refuse_common(device: torch.device, dtype: torch.dtype, **dims: int) -> str 
     if device.type == "cpu":
         if not INTERPRETED:
             return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the process starts"
+        if (failure := _interpreter_failure()) is not None:
+            return failure
     elif device.type != "cuda":
         return f"tensor is on {device.type}: want a CUDA or ROCm device"
     elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):

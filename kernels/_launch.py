@@ -45,7 +45,7 @@ def row_pass(
     launch(
         row_kernel, (blocks_m, blocks_r, splits),
         x, w, bias if splits == 1 else None, pre, out, drop.seed,
-        m, k, r, x.stride(0), w.stride(0), w.stride(1), per_split, factor, drop.threshold,
+        m, k, r, x.stride(0), w.stride(0), w.stride(1), per_split, float(factor), drop.threshold,
         ACT=act, DROPOUT=drop.enabled, PRECISION=precision, BLOCK_M=block_m, BLOCK_K=t.block_c, BLOCK_R=t.block_r,
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
@@ -77,7 +77,7 @@ def expand_pass(
         expand_kernel, (triton.cdiv(m, t.block_m), triton.cdiv(n, t.block_c)),
         h, h_bias if splits > 1 else None, h_out, w, bias, base, out, drop.seed,
         m, n, r, w.stride(0), w.stride(1), 0 if base is None else base.stride(0), splits,
-        factor, drop.inv_keep, drop.threshold,
+        float(factor), drop.inv_keep, drop.threshold,
         ACT=act, DROPOUT=drop.enabled, PRECISION=precision, BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
@@ -156,7 +156,7 @@ def column_pass(
         column_kernel, (triton.cdiv(c, t.block_c), blocks_r, grads.splits),
         src, g, w, base, out, grad, src_sum, g_sum, drop.seed,
         m, c, r, src.stride(0), 0 if base is None else base.stride(0), *grad_strides,
-        grads.size, grads.rows_per_split, grad_factor, drop.inv_keep, drop.threshold,
+        grads.size, grads.rows_per_split, float(grad_factor), drop.inv_keep, drop.threshold,
         ACT=act, DROPOUT=drop.enabled, PRECISION=precision[0], OUT_PRECISION=precision[1],
         BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r,
         num_warps=t.num_warps, num_stages=t.num_stages,

@@ -193,7 +193,7 @@ def _fused_forward(
         fused_kernel, (triton.cdiv(m, block_m),),
         x, down, down_bias, up, up_bias, residual, y, pre, drop.seed,
         m, k, n, r, x.stride(0), 0 if residual is None else residual.stride(0),
-        scale, drop.inv_keep, drop.threshold,
+        float(scale), drop.inv_keep, drop.threshold,
         ACT=act, DROPOUT=drop.enabled, PRECISION=products.wide, OUT_PRECISION=products.narrow,
         BLOCK_M=block_m, BLOCK_K=t.block_c, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
         num_warps=t.num_warps, num_stages=t.num_stages,

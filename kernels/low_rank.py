@@ -159,7 +159,7 @@ def _dy_pass(dy: Tensor, b: Tensor, h: Tensor, db: Tensor, grads: Gradients, sca
     partial = torch.empty((chunks, m * r), dtype=torch.float32, device=dy.device)
     launch(
         dy_kernel, (chunks, grads.splits),
-        dy, b, h, partial, db, m, n, r, dy.stride(0), grads.size, grads.rows_per_split, scale,
+        dy, b, h, partial, db, m, n, r, dy.stride(0), grads.size, grads.rows_per_split, float(scale),
         PRECISION=precision, BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip

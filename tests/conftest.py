@@ -11,8 +11,9 @@ from peftkern.testing import MODELS, TinyModel
 torch.set_num_threads(1)
 
 # An installed peftkern has registered its plugin by itself; a bare checkout has not.
+pytest_plugins = ["pytester"]
 if not any(point.value == "peftkern.testing.plugin" for point in entry_points(group="pytest11")):
-    pytest_plugins = ["peftkern.testing.plugin"]
+    pytest_plugins.append("peftkern.testing.plugin")
 
 
 @pytest.fixture(params=list(MODELS))

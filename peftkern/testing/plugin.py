@@ -23,6 +23,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Stop at a method that is not installed."""
+    names = config.getoption("--peftkern-method")
+    if not names:
+        return
+    import pytest
+
+    from peftkern import registry
+    from peftkern.errors import near
+
+    installed = registry.names()
+    for name in names:
+        if name not in installed:
+            raise pytest.UsageError(f"--peftkern-method {name}: no such method is installed{near(name, installed)}")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give tests that take `peftkern_case` one case per method, model and check."""
     if "peftkern_case" not in metafunc.fixturenames:

@@ -220,7 +220,9 @@ def test_what_trains_below_the_blocks_gets_its_gradient(config: str) -> None:
         model = pk.attach(BUILD["bert"](), configs[config]).train()
         if kind is not None:
             switch_checkpointing(model, kind)
+        probe = Probe(list(model.bert.encoder.layer))
         model(**batch_of("bert")).loss.backward()
+        assert list(probe.runs.values()) == [1 if kind is None else 2] * BLOCKS, "all blocks have something to gain"
         grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for other in grads[1:]:
         for name, want in grads[0].items():

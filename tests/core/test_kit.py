@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, entry_points
 
 import pytest
 from torch import nn
@@ -100,6 +100,21 @@ def test_wrong_arguments() -> None:
         check_method("sound", models=["bert"], checks=["train"])
     with pytest.raises(ConfigError, match="wants a SoundConfig"):
         PytestCase("sound", pk.LoraConfig(), cases()[0]).run()
+
+
+def test_command_line(pytester: pytest.Pytester) -> None:
+    """`pytest --pyargs peftkern.testing --peftkern-method NAME`, and a test file of three lines."""
+    pytester.makepyfile("from peftkern.testing import conformance_tests\n\ntest_it = conformance_tests('sound')")
+    loaded = any(point.value == "peftkern.testing.plugin" for point in entry_points(group="pytest11"))
+    plugin = [] if loaded else ["-p", "peftkern.testing.plugin"]
+    mine = pytester.runpytest_inprocess(*plugin, "-k", "starts or fits")
+    mine.assert_outcomes(passed=1 + len(MODELS), deselected=len(MODELS) * (len(CHECKS) - 1))
+    kit = ["--pyargs", "peftkern.testing", "--peftkern-method"]
+    pytester.runpytest_inprocess(*plugin, *kit, "sound", "-k", "bert-starts").assert_outcomes(
+        passed=1, deselected=len(MODELS) * len(CHECKS)
+    )
+    wrong = pytester.runpytest_inprocess(*plugin, *kit, "sond")
+    wrong.stderr.fnmatch_lines(["*--peftkern-method sond: no such method is installed; did you mean 'sound'?"])
 
 
 def test_unchanged_sees_every_change() -> None:

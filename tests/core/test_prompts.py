@@ -81,7 +81,7 @@ def test_encoder_against_rows_by_hand(pad: str) -> None:
 
 def test_token_types_follow_their_tokens() -> None:
     plain, model = tiny_bert(), prompted(tiny_bert())
-    ids, types = torch.tensor([[0, 5, 6, 7]]), torch.tensor([[0, 1, 1, 0]])
+    ids, types = torch.tensor([[0, 5, 6, 7]]), torch.tensor([[1, 1, 1, 0]])
     mask = (ids > 0).long()
     embeds = torch.cat(
         [torch.zeros(1, 1, 32), rows_of(model)[None], plain.bert.embeddings.word_embeddings(ids[:, 1:])], 1
@@ -89,7 +89,7 @@ def test_token_types_follow_their_tokens() -> None:
     want = plain(
         inputs_embeds=embeds,
         attention_mask=torch.tensor([[0] + [1] * (T + 3)]),
-        token_type_ids=torch.tensor([[0] * (1 + T) + [1, 1, 0]]),
+        token_type_ids=torch.tensor([[1] + [0] * T + [1, 1, 0]]),
     ).logits[:, 1 + T :]
     torch.testing.assert_close(model(ids, mask, types).logits[:, 1:], want)
 

@@ -110,6 +110,25 @@ def test_a_second_adapter_starts_from_the_backbone_not_from_the_first() -> None:
     assert torch.equal(model(**token_batch(labels=5)).logits, tiny_bert()(**token_batch(labels=5)).logits)
 
 
+def test_full_beside_others_takes_only_the_backbone() -> None:
+    """Neither what other adapters added, nor the halves they keep aside."""
+    names = {name for name, _ in tiny_bert().named_parameters()}
+    model = tiny_bert()
+    for name, config in (
+        ("lora", pk.LoraConfig()),
+        ("prompt", pk.PromptTuningConfig(num_virtual_tokens=2)),
+        ("parallel", pk.BottleneckConfig(placement="parallel")),
+        ("head", pk.HeadConfig(last_k=1)),
+    ):
+        pk.attach(model, config, name)
+    pk.attach(model, pk.FullConfig(), "full")
+    keys = {key.replace(".base_layer", "") for key in state(model).parameters_of(model, "full")}
+    assert keys == names
+    pk.attach(model, pk.LoraConfig(target_modules="all-linear", bias="all"), "biases")
+    biases = {key for key in state(model).parameters_of(model, "biases") if key.endswith("bias")}
+    assert {key.replace(".base_layer", "") for key in biases} == {name for name in names if name.endswith("bias")}
+
+
 def test_modules_to_save(tmp_path) -> None:
     model = pk.attach(tiny_bert(), pk.LoraConfig(modules_to_save=["classifier", "LayerNorm"]))
     whole = {name for name in training(model) if ".adapters." not in name}
