@@ -400,9 +400,10 @@ def _drop_taps(model: nn.Module, attachment: Attachment) -> None:
 
 def _check_way_back(attachment: Attachment, names: tuple[str, ...]) -> None:
     for name in names:
-        if name in attachment.selections:
-            attachment.selection(name).check_movable()
-        if name in attachment.selections and not attachment.selection(name).keep_original:
+        if name not in attachment.selections:
+            continue
+        attachment.selection(name).check_movable()
+        if not attachment.selection(name).keep_original:
             raise AdapterError(
                 f"adapter {name!r} trains the backbone in place (keep_original=False): there is no way back"
             )

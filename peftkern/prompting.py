@@ -158,9 +158,10 @@ class PromptHooks(nn.Module):
 
     def _check_length(self, length: int) -> None:
         limit = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        if limit is None or length <= limit:
+            return
         names = [name for name, _ in self.backbone.named_modules()]
-        learned = any("position_embeddings" in name or name.endswith("wpe") for name in names)
-        if limit is not None and learned and length > limit:
+        if any("position_embeddings" in name or name.endswith("wpe") for name in names):
             raise ValueError(
                 f"prompt and text together are {length} tokens, and the backbone has {limit} positions: "
                 f"shorten the text by {length - limit} tokens or use fewer virtual tokens"
