@@ -12,7 +12,7 @@ ARGS   ?=
 
 BIN     := $(VENV)/bin
 # The constraint keeps every later install on the torch of the first one.
-PIP     := PIP_CONSTRAINT=$(VENV)/constraints.txt $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP     := PIP_CONSTRAINT=$(abspath $(VENV))/constraints.txt $(BIN)/python -m pip --disable-pip-version-check install --quiet
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
@@ -30,7 +30,7 @@ $(VENV)/.torch:
 # and needs the isolation that this build must not have.
 $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	$(PIP) --no-build-isolation --editable .
-	$(PIP) "peftkern[train]"
+	$(PIP) --use-pep517 "peftkern[train]"
 	touch $@
 
 $(VENV)/.backbone: $(VENV)/.torch
@@ -38,7 +38,7 @@ $(VENV)/.backbone: $(VENV)/.torch
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.package $(VENV)/.backbone
-	$(PIP) "peftkern[test,dev]"
+	$(PIP) --use-pep517 "peftkern[test,dev]"
 	touch $@
 
 demo: $(VENV)/.package $(VENV)/.backbone

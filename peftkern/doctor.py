@@ -9,7 +9,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-import pkgutil
 import platform
 import re
 import shutil
@@ -21,9 +20,9 @@ from pathlib import Path
 import torch
 
 import peftkern
-import peftkern.ops
 from peftkern import dispatch, registry
 from peftkern.errors import PeftkernError, PluginConflictError
+from peftkern.ops._op import every
 
 _EXTRAS = {
     "cli": ("pyyaml", "rich", "typer"),
@@ -178,12 +177,10 @@ def _triton() -> Finding:
 
 
 def _ops() -> Iterator[Finding]:
-    for module in sorted(pkgutil.iter_modules(peftkern.ops.__path__), key=lambda module: module.name):
-        if not hasattr(importlib.import_module(f"peftkern.ops.{module.name}"), "OP"):
-            continue
-        loaded = {name: dispatch.load(name, module.name) for name in dispatch.ORDER if name != "reference"}
+    for op in every():
+        loaded = {name: dispatch.load(name, op.name) for name in dispatch.ORDER if name != "reference"}
         present = [name for name, backend in loaded.items() if not isinstance(backend, str)] + ["reference"]
-        yield Finding("ops", module.name, ", ".join(present))
+        yield Finding("ops", op.name, ", ".join(present))
 
 
 def _methods() -> Iterator[Finding]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +21,27 @@ Kwargs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Op:
-    """An op as tests and benchmarks see it: `run(**kwargs)` against `reference(**kwargs)` for kwargs of `samples`."""
+    """An op as tests and benchmarks see it: `run(**kwargs)` against `reference(**kwargs)` for kwargs of `samples`.
+
+    frozen: names of floating-point arguments that never require grad. rows: names of the arguments that share the
+    leading dimension of the first one, the batch. compiled: ids of the samples that torch.compile is tested on.
+    """
 
     name: str
     run: Callable[..., Any]
     reference: Callable[..., Any]
     samples: Callable[[torch.device, torch.dtype], Iterator[tuple[str, Kwargs]]]
+    frozen: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ("x",)
+    compiled: tuple[str, ...] = ()
+
+
+def every() -> list[Op]:
+    """Every op: the modules of `peftkern.ops`, in the order of their names."""
+    package = importlib.import_module("peftkern.ops")
+    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    found = (getattr(importlib.import_module(f"peftkern.ops.{name}"), "OP", None) for name in names)
+    return [op for op in found if op is not None]
 
 
 def autograd(

@@ -291,4 +291,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
         yield "f32-adapters", mixed | {"residual": mixed["x"], "p": 0.1, "seed": seed}
 
 
-OP = Op("bottleneck", bottleneck, reference, samples)
+OP = Op(
+    "bottleneck", bottleneck, reference, samples,
+    rows=("x", "residual"), compiled=("sequential-dropout", "parallel", "norm"),
+)  # fmt: skip

@@ -270,4 +270,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
     yield "onto-base", without | {"base_out": rand(6, 3, 40), "p": 0.2, "seed": seed}
 
 
-OP = Op("low_rank", low_rank, reference, samples)
+OP = Op(
+    "low_rank", low_rank, reference, samples,
+    frozen=("weight", "bias"), rows=("x", "base_out"), compiled=("3d-bias-r16", "dropout-r8", "onto-base"),
+)  # fmt: skip

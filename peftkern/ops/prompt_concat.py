@@ -233,4 +233,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
         yield "f32-prompt", ids | {"prompt": rand(4, 33, dt=torch.float32), "mask": left}
 
 
-OP = Op("prompt_concat", prompt_concat, reference, samples)
+OP = Op(
+    "prompt_concat", prompt_concat, reference, samples,
+    frozen=("table",), rows=("ids", "embeds", "mask", "labels"), compiled=("ids-left", "embeds-left"),
+)  # fmt: skip

@@ -5,7 +5,6 @@ With TRITON_INTERPRET=1 only triton runs, through its interpreter: `make test` s
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -15,10 +14,9 @@ import torch
 
 import peftkern as pk
 from peftkern import dispatch
-from peftkern.ops._op import Op
+from peftkern.ops._op import Op, every
 
-NAMES = ("low_rank", "bottleneck", "prompt_concat")
-OPS: list[Op] = [importlib.import_module(f"peftkern.ops.{name}").OP for name in NAMES]
+OPS: list[Op] = every()
 BACKENDS = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else dispatch.ORDER
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -54,15 +52,15 @@ def samples(op: Op, backend: str, dtype: torch.dtype) -> list[tuple[str, dict[st
     return list(op.samples(device_of(backend), dtype))
 
 
-def trainable(kwargs: dict[str, Any]) -> list[str]:
-    """Names of the adapter weights and inputs; the backbone's frozen weight, bias and table are none."""
+def trainable(op: Op, kwargs: dict[str, Any]) -> list[str]:
+    """Names of the adapter weights and inputs; the backbone's frozen tensors are none."""
     floating = [k for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
-    return [key for key in floating if key not in ("weight", "bias", "table")]
+    return [key for key in floating if key not in op.frozen]
 
 
-def trained(kwargs: dict[str, Any]) -> dict[str, Any]:
+def trained(op: Op, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A copy whose adapter weights and inputs require grad."""
-    names = trainable(kwargs)
+    names = trainable(op, kwargs)
     return {k: v.detach().clone().requires_grad_(True) if k in names else v for k, v in kwargs.items()}
 
 

@@ -32,7 +32,7 @@ def test_matches_float64(op: Op, backend: str, dtype: torch.dtype) -> None:
     skip_unless_runs(op.name, backend, dtype)
     for name, kwargs in samples(op, backend, dtype):
         try:
-            assert_as_good_as_torch(op.reference, op.run, kwargs, grads=trainable(kwargs))
+            assert_as_good_as_torch(op.reference, op.run, kwargs, grads=trainable(op, kwargs))
         except AssertionError as error:
             raise AssertionError(f"{op.name} on {backend}, case {name}: {error}") from error
 
@@ -41,7 +41,7 @@ def test_reference_passes_gradcheck(op: Op) -> None:
     for name, kwargs in op.samples(torch.device("cpu"), torch.float64):
         if 0 in first(op.reference(**kwargs)).shape:
             continue
-        copy = _tied(kwargs, trained(kwargs))
+        copy = _tied(kwargs, trained(op, kwargs))
         leaves = {key: value for key, value in copy.items() if isinstance(value, Tensor) and value.requires_grad}
         keys = [key for key in leaves if key != "residual" or copy["residual"] is not copy["x"]]
         if kwargs.get("activation") == "relu":
@@ -58,7 +58,7 @@ def test_same_seed_same_bits(op: Op, backend: str) -> None:
     for name, kwargs in samples(op, backend, torch.float32):
         results = []
         for _ in range(2):
-            copy = _tied(kwargs, trained(kwargs))
+            copy = _tied(kwargs, trained(op, kwargs))
             out = first(op.run(**copy))
             out.sum().backward()
             leaves = [v for v in copy.values() if isinstance(v, Tensor) and v.requires_grad and v.numel()]
@@ -73,7 +73,7 @@ def test_every_output_element_is_written(op: Op, backend: str) -> None:
     torch.use_deterministic_algorithms(True)
     try:
         for name, kwargs in samples(op, backend, torch.float32):
-            copy = _tied(kwargs, trained(kwargs))
+            copy = _tied(kwargs, trained(op, kwargs))
             out = first(op.run(**copy))
             out.sum().backward()
             assert out.isfinite().all(), name
@@ -89,7 +89,7 @@ def test_inputs_are_left_alone(op: Op, backend: str) -> None:
     skip_unless_runs(op.name, backend)
     for name, kwargs in samples(op, backend, torch.float32):
         before = {k: v.clone() for k, v in kwargs.items() if isinstance(v, Tensor)}
-        copy = _tied(kwargs, trained(kwargs))
+        copy = _tied(kwargs, trained(op, kwargs))
         first(op.run(**copy)).sum().backward()
         assert all(torch.equal(copy[key], value) for key, value in before.items()), name
 
@@ -97,7 +97,7 @@ def test_inputs_are_left_alone(op: Op, backend: str) -> None:
 def test_no_graph_gives_the_same_result(op: Op, backend: str) -> None:
     skip_unless_runs(op.name, backend)
     for name, kwargs in samples(op, backend, torch.float32):
-        with_graph = first(op.run(**_tied(kwargs, trained(kwargs)))).detach()
+        with_graph = first(op.run(**_tied(kwargs, trained(op, kwargs)))).detach()
         copies = {k: v.clone() if k == "base_out" else v for k, v in kwargs.items()}
         with torch.no_grad():
             assert torch.equal(first(op.run(**copies)), with_graph), name
@@ -105,16 +105,16 @@ def test_no_graph_gives_the_same_result(op: Op, backend: str) -> None:
 
 def test_compiles_to_one_graph_without_recompiling(op: Op, backend: str) -> None:
     skip_unless_runs(op.name, backend)
-    chosen = [item for item in samples(op, backend, torch.float32) if item[0] in _COMPILED]
+    chosen = [item for item in samples(op, backend, torch.float32) if item[0] in op.compiled]
     assert chosen
     for name, kwargs in chosen:
         torch._dynamo.reset()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(op.run, fullgraph=True, backend=counter)
         for rows in (4, 6, 9):
-            grown = _tied(kwargs, trained(_with_rows(kwargs, rows)))
+            grown = _tied(kwargs, trained(op, _with_rows(op, kwargs, rows)))
             again = _tied(kwargs, {k: _leaf(v) for k, v in grown.items()})
-            given = [again[key] for key in _ROW_TENSORS if isinstance(again.get(key), Tensor)]
+            given = [again[key] for key in op.rows if isinstance(again.get(key), Tensor)]
             for value in {id(value): value for value in given}.values():
                 torch._dynamo.mark_dynamic(value, 0)
             expected, got = first(op.run(**grown)), first(compiled(**again))
@@ -136,11 +136,11 @@ def test_opcheck(op: Op, backend: str) -> None:
     module = inspect.getmodule(op.run)
     original = module._differentiable  # type: ignore[union-attr]
     for name, kwargs in samples(op, backend, torch.float32):
-        if name not in _COMPILED:
+        if name not in op.compiled:
             continue
         module._differentiable = lambda *args: recorded.append(args) or original(*args)  # type: ignore[union-attr, func-returns-value]
         try:
-            op.run(**_tied(kwargs, trained(kwargs)))
+            op.run(**_tied(kwargs, trained(op, kwargs)))
         finally:
             module._differentiable = original  # type: ignore[union-attr]
     assert recorded
@@ -152,12 +152,12 @@ def test_opcheck(op: Op, backend: str) -> None:
 def test_gradient_checkpointing_replays_dropout(op: Op, backend: str, reentrant: bool) -> None:
     skip_unless_runs(op.name, backend)
     for name, kwargs in samples(op, backend, torch.float32):
-        if name not in _COMPILED:
+        if name not in op.compiled:
             continue
         kwargs = kwargs | ({"seed": None} if "seed" in kwargs else {})
         grads = []
         for checkpointed in (False, True):
-            copy = _tied(kwargs, trained(kwargs))
+            copy = _tied(kwargs, trained(op, kwargs))
             torch.manual_seed(3)
             main = next(v for v in copy.values() if isinstance(v, Tensor) and v.requires_grad)
             key = next(k for k, v in copy.items() if v is main)
@@ -240,23 +240,16 @@ def test_saved_bytes(name: str, p: float, backend: str) -> None:
     assert saved == 4 * m * width + 4 * m * r + (8 if p else 0)
 
 
-def _with_rows(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
+def _with_rows(op: Op, kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
     """The same case with another number of rows in every tensor that has the leading dimension of x."""
-    main = next(kwargs[key] for key in ("x", "ids", "embeds") if kwargs.get(key) is not None)
+    main = next(kwargs[key] for key in op.rows if kwargs.get(key) is not None)
+
     def grow(value: Tensor) -> Tensor:
         repeats = -(-rows // main.shape[0])
         return value.repeat(repeats, *[1] * (value.dim() - 1))[:rows].contiguous()
 
-    return {k: grow(v) if k in _ROW_TENSORS and isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    return {k: grow(v) if k in op.rows and isinstance(v, Tensor) else v for k, v in kwargs.items()}
 
 
 def _leaf(value: Any) -> Any:
     return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
-
-
-_ROW_TENSORS = ("x", "ids", "embeds", "residual", "base_out", "mask", "labels")
-_COMPILED = {
-    *("3d-bias-r16", "dropout-r8", "onto-base"),
-    *("sequential-dropout", "parallel", "norm"),
-    *("ids-left", "embeds-left"),
-}

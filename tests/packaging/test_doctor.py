@@ -24,7 +24,7 @@ def test_names_versions_devices_ops_and_methods() -> None:
     assert versions["transformers"].detail == importlib.metadata.version("transformers")
     assert "threads" in found("devices")["cpu"].detail
     assert set(found("backends")) == set(dispatch.ORDER)
-    assert set(found("ops")) == {"low_rank", "bottleneck", "prompt_concat"}
+    assert {"low_rank", "bottleneck", "prompt_concat"} <= set(found("ops"))
     assert "lora" in found("methods")
 
 
