@@ -144,7 +144,7 @@ def _show(out: Path, say: Callable[[Any], None]) -> None:
     folders = [out / row.folder for row in ROWS]
     compare(folders, out)
     say(table([RunResult.load(folder) for folder in folders], [row.name for row in ROWS], title="Test set"))
-    say("P, R and F1 over whole entities; s/epoch: training steps only; peak: resident set of each run's own process")
+    say("P, R and F1 over whole entities; seconds: training steps only; peak: resident set of the run's own process")
 
 
 def _check_loading(run: Path, test: list[Any]) -> str:

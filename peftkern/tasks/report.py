@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich import box
 from rich.table import Table
 
 from peftkern.errors import ConfigError
@@ -18,6 +19,9 @@ from peftkern.tasks.settings import METRICS
 
 MARKDOWN, PICTURE, CURVES = "report.md", "report.png", "curves.png"
 _SHOWN = ("precision", "recall", "f1", "accuracy")
+_SHORT = {
+    "precision": "P", "recall": "R", "f1": "F1", "accuracy": "acc.", "s/epoch": "s per\nepoch", "peak MiB": "peak\nMiB",
+}  # fmt: skip
 
 
 def compare(runs: Sequence[Path | str], folder: Path | str) -> Table:
@@ -56,14 +60,25 @@ def labels(results: Sequence[RunResult]) -> list[str]:
 
 
 def table(results: Sequence[RunResult], names: Sequence[str], title: str = "") -> Table:
-    """Test metrics (development where there is no test set), parameters, time and memory, a row per run."""
-    shown = Table(title=title or None)
+    """Test metrics (development where there is no test set), parameters, time and memory, a row per run.
+
+    Fits 80 columns: long names are folded and figures never cut.
+    """
+    shown = Table(title=title or None, box=box.SIMPLE_HEAD, padding=0)
     header, rows = _cells(results, names)
-    for column in header:
-        shown.add_column(column, justify="left" if column in ("run", "method") else "right")
     best = max((_scores(result)[1].get("f1", 0.0) for result in results), default=0.0)
+    aside = {"accuracy"} if results[0].task == "token-classification" else set()  # of tags, most of them O
+    if len({_scores(result)[0] for result in results}) == 1:
+        aside.add("set")
+    kept = [i for i, column in enumerate(header) if column not in aside]
+    for column in (header[i] for i in kept):
+        left = column in ("run", "method", "set")
+        shown.add_column(
+            _SHORT.get(column, column), justify="left" if left else "right", no_wrap=column != "run", overflow="fold"
+        )
     for result, row in zip(results, rows, strict=True):
-        shown.add_row(*row, style="bold" if _scores(result)[1].get("f1") == best and len(results) > 1 else None)
+        is_best = _scores(result)[1].get("f1") == best and len(results) > 1
+        shown.add_row(*(row[i] for i in kept), style="bold" if is_best else None)
     return shown
 
 

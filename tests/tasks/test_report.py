@@ -43,6 +43,18 @@ def test_table_markdown_and_pictures(tmp_path):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_table_cuts_no_figure_at_80_columns(tmp_path):
+    scores = dict.fromkeys(SCORES, 0.987)
+    full = {"method": "prompt_tuning", "trainable": 22_568_071, "total": 22_568_071, "peak_bytes": 1050 * 2**20}
+    runs = [_run(tmp_path / "full-fine-tuning-of-everything", test=scores, **full), _run(tmp_path / "b", test=scores)]
+    console = Console(width=80, record=True, file=(tmp_path / "console").open("w"))
+    console.print(compare(runs, tmp_path / "out"))
+    text = console.export_text()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    for figure in ("prompt_tuning", "0.987", "22,568,071", "100.00%", "1.5", "1,050"):
+        assert figure in text, figure
+
+
 def test_names_tell_runs_apart(tmp_path):
     results = [RunResult.load(_run(tmp_path / name)) for name in ("x/seed-1", "y/seed-1", "z")]
     assert labels(results)[:2] == ["x/seed-1", "y/seed-1"]
