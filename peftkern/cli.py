@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 from typer.core import TyperGroup
@@ -75,10 +76,11 @@ def methods() -> None:
     """List the installed methods, and plugins that are broken or in conflict with the reason."""
     from peftkern import registry
 
-    table = Table("name", "summary", "from", Column("paper", overflow="fold"))
+    table = Table(Column("name", no_wrap=True), "summary", "from", Column("paper", no_wrap=True), box=box.SIMPLE_HEAD)
     broken = []
     for name, info in registry.methods().items():
-        table.add_row(name, info.summary, f"{info.distribution} {info.version}", info.paper)
+        paper = info.paper.replace("https://arxiv.org/abs/", "arXiv:")
+        table.add_row(name, info.summary, f"{info.distribution} {info.version}", paper)
         if info.error:
             broken.append(f"{name}: {info.error}")
     console = Console()
