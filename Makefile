@@ -23,7 +23,7 @@ $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet $(TORCH)
 	$(BIN)/python -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > $(VENV)/constraints.txt
-	$(PIP) setuptools wheel ninja pybind11
+	$(PIP) "setuptools>=77" wheel ninja pybind11
 	touch $@
 
 # No build isolation: the extension is compiled against the torch above. Extras come second, because seqeval is built from source

@@ -69,7 +69,7 @@ def build_command() -> str:
     """The command that compiles the extension for the torch that is installed."""
     root = Path(peftkern.__file__).resolve().parents[1]
     pip = f"{sys.executable} -m pip install"
-    tools = f"{pip} setuptools wheel ninja pybind11"
+    tools = f"{pip} 'setuptools>=77' wheel ninja pybind11"
     if (root / "setup.py").is_file():
         return f"{tools} && {pip} --no-build-isolation --no-deps --editable {root}"
     return f"{tools} && {pip} --no-build-isolation --no-deps --force-reinstall --no-binary peftkern peftkern"
