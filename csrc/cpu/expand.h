@@ -48,7 +48,8 @@ void pack_panel(const PanelPack<Lane>& pack, const Matrix& w, int64_t rows, int6
   });
 }
 
-// Where expand writes: out = base + drop(product + bias). base may be out itself, another matrix or null (zero).
+// Where expand writes: out = base + drop(product + bias) or, with a scale, scale * (base + drop(product)) + bias. base
+// may be out itself, another matrix or null (zero).
 template <class T>
 struct ExpandTo {
   T* out;
@@ -59,6 +60,12 @@ struct ExpandTo {
   const uint8_t* bits;  // of column mask_c0 on, or null
   int64_t ldb;
   int64_t mask_c0;
+  const float* scale = nullptr;  // [panels * kPanel] or null
+  PEFTKERN_INLINE vf first(int64_t c) const { return bias && !scale ? load(bias + c) : vf{}; }
+  PEFTKERN_INLINE vf last(vf value, int64_t c) const {
+    if (!scale) return value;
+    return bias ? value * load(scale + c) + load(bias + c) : value * load(scale + c);
+  }
   ExpandTo rows_from(int64_t m) const {
     ExpandTo at = *this;
     at.out += m * ldo;
@@ -105,7 +112,7 @@ void expand_tile(const Lane* small, int64_t lds, int64_t rows, const PanelPack<L
     pointers[i] = small + m * lds;
 #pragma GCC unroll 8
     for (int v = 0; v < kTileVecs; ++v) {
-      acc[i][v] = to.bias ? load(to.bias + c0 + v * kLanes) : vf{};
+      acc[i][v] = to.first(c0 + v * kLanes);
       if constexpr (!MASKED)
         if (to.base) acc[i][v] += load_columns(to.base + m * to.ldbase, c0 + v * kLanes, cols);
     }
@@ -122,7 +129,7 @@ void expand_tile(const Lane* small, int64_t lds, int64_t rows, const PanelPack<L
         value = keep(value, lane_bits(to.bits + i * to.ldb, c - to.mask_c0));
         if (to.base) value += load_columns(to.base + i * to.ldbase, c, cols);
       }
-      store_columns(to.out + i * to.ldo, value, c, cols);
+      store_columns(to.out + i * to.ldo, to.last(value, c), c, cols);
     }
   }
 }
@@ -146,7 +153,7 @@ void expand_still(const Lane* small, int64_t rows, const PanelPack<Lane>& w, int
   vf ws[DEPTH][kTileVecs], bias[kTileVecs];
 #pragma GCC unroll 8
   for (int v = 0; v < kTileVecs; ++v) {
-    bias[v] = to.bias ? load(to.bias + c0 + v * kLanes) : vf{};
+    bias[v] = to.first(c0 + v * kLanes);
 #pragma GCC unroll 8
     for (int t = 0; t < DEPTH; ++t) ws[t][v] = in_register(load_lanes(w.at(panel) + t * kPanel + v * kLanes));
   }
@@ -175,7 +182,7 @@ void expand_still(const Lane* small, int64_t rows, const PanelPack<Lane>& w, int
         acc[v] = keep(acc[v], lane_bits(bits, c0 - to.mask_c0 + v * kLanes));
         if (base) acc[v] += load(base + v * kLanes);
       }
-      store(out + v * kLanes, acc[v]);
+      store(out + v * kLanes, to.last(acc[v], c0 + v * kLanes));
     }
     if (base) base += to.ldbase;
     if constexpr (MASKED) bits += to.ldb;

@@ -1,14 +1,17 @@
-// y += s * (drop(x) A^T) B^T and its gradients. This file includes itself once per instruction set (foreach_isa.h).
+// y = c * (base + s * (drop(x) A^T) B^T) + shift and its gradients. This file includes itself once per instruction set (foreach_isa.h).
 #ifndef PEFTKERN_ISA
 
 #include "check.h"
 
 namespace peftkern {
 
-// x, dy and dx are [M, K or N] of one dtype, a [R, K] and b [N, R] of another; h, da and db are f32.
+// x, base, y, dy and dx are [M, K or N] of one dtype, a [R, K] and b [N, R] of another; h, da and db are f32.
 struct LowRank {
   int64_t m, k, n, r;
-  Matrix x, a, b, y, h, dy, dx, da, db;  // an absent gradient has no data
+  Matrix x, a, b, base, y, h, dy, dx, da, db;  // an absent one has no data
+  const float* column_scale;                   // c and shift: f32 [N] or null
+  const float* shift;
+  float* base_dot;  // [N]: column sums of dy * base, or null
   float scale;
   Dropout drop;
 };
@@ -40,21 +43,41 @@ LowRank low_rank_args(const Check& check, const Tensor& x, const Tensor& a, cons
   return op;
 }
 
+// Data of an f32 [N], or null.
+float* f32_columns(const Check& check, const char* name, const std::optional<Tensor>& t, int64_t n) {
+  if (!t.has_value()) return nullptr;
+  check.shape(name, *t, {n});
+  check.dtype(name, *t, ScalarType::Float);
+  return static_cast<float*>(t->mutable_data_ptr());
+}
+
+void base_argument(const Check& check, LowRank& op, const Tensor& base, const Tensor& x) {
+  check.shape("base", base, {op.m, op.n}, true);
+  check.dtype("base", base, x.scalar_type());
+  op.base = check.matrix("base", base);
+}
+
 Tensor low_rank_forward(const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& y, double scale, double p,
-                        const std::optional<Tensor>& seed) {
+                        const std::optional<Tensor>& seed, const std::optional<Tensor>& base,
+                        const std::optional<Tensor>& column_scale, const std::optional<Tensor>& shift) {
   const Check check("low_rank_forward");
   LowRank op = low_rank_args(check, x, a, b, scale, p, seed);
   check.shape("y", y, {op.m, op.n});
   check.dtype("y", y, x.scalar_type());
   Tensor h = empty_f32(x, {op.m, op.r});
-  op.y = check.matrix("y", y), op.h = f32_matrix(h);
+  op.y = check.matrix("y", y), op.h = f32_matrix(h), op.base = op.y;
+  if (base.has_value()) base_argument(check, op, *base, x);
+  op.column_scale = f32_columns(check, "column_scale", column_scale, op.n);
+  op.shift = f32_columns(check, "shift", shift, op.n);
   PEFTKERN_CALL(low_rank_forward, op);
   return h;
 }
 
 std::tuple<Tensor, Tensor> low_rank_backward(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b,
                                              const Tensor& h, const std::optional<Tensor>& dx, double scale, double p,
-                                             const std::optional<Tensor>& seed, bool need_a, bool need_b) {
+                                             const std::optional<Tensor>& seed, bool need_a, bool need_b,
+                                             const std::optional<Tensor>& base,
+                                             const std::optional<Tensor>& base_dot) {
   const Check check("low_rank_backward");
   LowRank op = low_rank_args(check, x, a, b, scale, p, seed);
   check.shape("dy", dy, {op.m, op.n}, true);
@@ -67,6 +90,10 @@ std::tuple<Tensor, Tensor> low_rank_backward(const Tensor& dy, const Tensor& x, 
     check.dtype("dx", *dx, x.scalar_type());
     op.dx = check.matrix("dx", *dx);
   }
+  check.that(base.has_value() == base_dot.has_value() && (need_b || !base.has_value()),
+             "base, base_dot and need_b go together");
+  if (base.has_value()) base_argument(check, op, *base, x);
+  op.base_dot = f32_columns(check, "base_dot", base_dot, op.n);
   Tensor da = need_a ? empty_f32(x, {op.r, op.k}) : empty_f32(x, {0});
   Tensor db = need_b ? empty_f32(x, {op.n, op.r}) : empty_f32(x, {0});
   if (need_a) op.da = f32_matrix(da);
@@ -79,10 +106,12 @@ std::tuple<Tensor, Tensor> low_rank_backward(const Tensor& dy, const Tensor& x, 
 }  // namespace peftkern
 
 STABLE_TORCH_LIBRARY_FRAGMENT(peftkern_cpu, m) {
-  m.def("low_rank_forward(Tensor x, Tensor a, Tensor b, Tensor(a!) y, float scale, float p, Tensor? seed) -> Tensor");
+  m.def(
+      "low_rank_forward(Tensor x, Tensor a, Tensor b, Tensor(a!) y, float scale, float p, Tensor? seed, "
+      "Tensor? base=None, Tensor? column_scale=None, Tensor? shift=None) -> Tensor");
   m.def(
       "low_rank_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor h, Tensor(a!)? dx, float scale, float p, "
-      "Tensor? seed, bool need_a, bool need_b) -> (Tensor, Tensor)");
+      "Tensor? seed, bool need_a, bool need_b, Tensor? base=None, Tensor(b!)? base_dot=None) -> (Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(peftkern_cpu, CPU, m) {
   m.impl("low_rank_forward", TORCH_BOX(&peftkern::low_rank_forward));
@@ -97,12 +126,23 @@ STABLE_TORCH_LIBRARY_IMPL(peftkern_cpu, CPU, m) {
 namespace peftkern::PEFTKERN_ISA {
 namespace {
 
+// values[n] as expand reads them, with zeros up to whole panels behind, or null.
+struct Columns {
+  Buffer<float> data;
+  const float* values;
+  Columns(const float* from, int64_t n, int64_t panels)
+      : data(from ? panels * kPanel : 0), values(from ? data.get() : nullptr) {
+    for (int64_t i = 0; from && i < panels * kPanel; ++i) data.get()[i] = i < n ? from[i] : 0.0f;
+  }
+};
+
 template <class Lane, class T>
 void forward(const LowRank& op) {
   const DotPack<Lane> a(op.r, op.k);
   const PanelPack<Lane> b(op.r, op.n);
   pack_dot(a, op.a, op.k);
   pack_panel(b, op.b.transposed(), op.r, op.n);
+  const Columns scale(op.column_scale, op.n, b.panels), shift(op.shift, op.n, b.panels);
   const int64_t ldb = mask_stride(op.k);
   for_tasks(ceil_div(op.m, kRowChunk), kRowChunk * op.r * (op.k + op.n), [&](int64_t begin, int64_t end) {
     Buffer<uint8_t> bits(op.drop.on ? kRowChunk * ldb + kMaskSlack : 0);
@@ -119,13 +159,14 @@ void forward(const LowRank& op) {
                       op.drop.on ? bits.get() : nullptr, ldb, a, op.drop.inverse_keep, h, op.r);
       T* y = op.y.as<T>() + m * op.y.row;
       lanes_along_r(h, rows, op.r, op.scale, b.depth, lanes.get());
-      const ExpandTo<T> to{y, op.y.row, y, op.y.row, nullptr, nullptr, 0, 0};
+      const T* base = op.base.as<const T>() + m * op.base.row;
+      const ExpandTo<T> to{y, op.y.row, base, op.base.row, shift.values, nullptr, 0, 0, scale.values};
       expand(lanes.get(), rows, b, 0, b.panels, op.n, to);
     }
   });
 }
 
-// db[n, :] = s * dy^T h, by blocks of columns of dy.
+// db[n, :] = s * dy^T h and base_dot[n] = sum over m of dy * base, by blocks of columns of dy.
 template <class Lane, class T>
 void backward_b(const LowRank& op) {
   TallPack<Lane> h(op.m, op.r, false);
@@ -134,12 +175,18 @@ void backward_b(const LowRank& op) {
   for_tasks(ceil_div(op.n, kBlock), op.m * kBlock * op.r, [&](int64_t begin, int64_t end) {
     Outer<Lane, T> outer(h);
     for (int64_t c0 = begin * kBlock; c0 < end * kBlock; c0 += kBlock) {
+      float dots[kBlock] = {};
       outer.clear();
       for (int64_t m = 0; m < op.m; m += kOuterRows) {
         const int64_t rows = op.m - m < kOuterRows ? op.m - m : kOuterRows;
         outer.add(op.dy.as<const T>(), op.dy.row, m, rows, c0, op.n, nullptr, 0);
+        if (op.base_dot)
+          column_dots(op.dy.as<const T>() + m * op.dy.row + c0, op.dy.row,
+                      op.base.as<const T>() + m * op.base.row + c0, op.base.row, rows, op.n - c0, dots);
       }
       outer.write(op.r, c0, op.n, op.scale, op.db.transposed());
+      if (op.base_dot)
+        for (int64_t i = 0; i < kBlock && c0 + i < op.n; ++i) op.base_dot[c0 + i] = dots[i];
     }
   });
 }

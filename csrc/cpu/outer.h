@@ -95,6 +95,23 @@ void stage_block(const T* x, int64_t ldx, int64_t rows, int64_t left, const uint
 }
 #endif
 
+// sums[c] += x[:, c] . y[:, c] for rows x kColBlock of two wide matrices, of which `left` columns are there. As below,
+// chunks of rows are summed apart.
+template <class T>
+void column_dots(const T* x, int64_t ldx, const T* y, int64_t ldy, int64_t rows, int64_t left, float* sums) {
+  constexpr int kVecs = kColBlock<T> / kLanes;
+  constexpr int64_t kAhead = 8;  // rows
+  vf acc[kVecs] = {};
+  for (int64_t m = 0; m < rows; ++m, x += ldx, y += ldy) {
+    for (int c = 0; c < kColBlock<T>; c += 64 / static_cast<int>(sizeof(T)))
+      __builtin_prefetch(y + kAhead * ldy + c, 0, 2);
+#pragma GCC unroll 32
+    for (int v = 0; v < kVecs; ++v) acc[v] += load_columns(x, v * kLanes, left) * load_columns(y, v * kLanes, left);
+  }
+#pragma GCC unroll 32
+  for (int v = 0; v < kVecs; ++v) store(sums + v * kLanes, load(sums + v * kLanes) + acc[v]);
+}
+
 template <class Lane, int ROWS, class Wide>
 void outer_tile(const Lane* small, int64_t lds, Wide wide, int64_t depth, float* sums, int64_t ldsums) {
   vf acc[ROWS][kTileVecs];

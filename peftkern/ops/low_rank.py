@@ -1,4 +1,4 @@
-"""Low-rank update of a frozen linear map: y = base(x) + s · B(A · drop(x))."""
+"""Low-rank update of a frozen linear map: y = base(x) + s · B(A · drop(x)), optionally with its columns scaled."""
 
 from __future__ import annotations
 
@@ -23,22 +23,32 @@ def reference(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     base_out: Tensor | None = None,
+    column_scale: Tensor | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
     """base + s · (drop(x) Aᵀ) Bᵀ in x's dtype, where base is x Wᵀ + bias, `base_out`, or nothing.
 
+    With column_scale c [N] all but the bias is scaled: bias + c ⊙ (base - bias + s · (drop(x) Aᵀ) Bᵀ).
     x [..., K] · a [R, K] · b [N, R] · weight [N, K] · bias [N] · base_out [..., N] -> [..., N].
-    x f16/bf16/f32/f64; a and b may be f32 while x is half: the update is then computed in f32.
-    Source: Hu et al. 2021 (arXiv:2106.09685), eq. 3. The oracle: never optimise it.
+    x f16/bf16/f32/f64; a, b and c may be f32 while x is half: update and scaling are then computed in f32.
+    Source: Hu et al. 2021 (arXiv:2106.09685), eq. 3; column scale: Liu et al. 2024 (arXiv:2402.09353), eq. 5.
+    The oracle: never optimise it.
     """
-    _check(x, a, b, weight, bias, base_out)
+    _check(x, a, b, weight, bias, base_out, column_scale)
     compute = torch.promote_types(x.dtype, a.dtype)
     hidden = dropout(x.to(compute), p, seed) @ a.to(compute).T
-    delta = scale * (hidden @ b.to(compute).T)
+    y = (scale * (hidden @ b.to(compute).T)).to(x.dtype)
+    if column_scale is None:
+        if weight is not None:
+            base_out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return y if base_out is None else base_out + y.to(base_out.dtype)
     if weight is not None:
-        base_out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return delta.to(x.dtype) if base_out is None else (base_out + delta.to(base_out.dtype))
+        y = F.linear(x, weight.to(x.dtype)) + y
+    elif base_out is not None:
+        y = (base_out if bias is None else base_out - bias.to(base_out.dtype)) + y.to(base_out.dtype)
+    y = (column_scale * y).to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def low_rank(
@@ -50,6 +60,7 @@ def low_rank(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     base_out: Tensor | None = None,
+    column_scale: Tensor | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
@@ -58,33 +69,60 @@ def low_rank(
     With `weight` [N, K] the frozen linear itself runs inside, and backward writes dx once. With `base_out` the update
     lands on that tensor, which is consumed: without a graph it is written in place. With neither the update alone
     is returned. Saves x, h = drop(x) Aᵀ [M, R] in f32 and the seed; the dropout mask is regenerated in backward.
+
+    The column scale is part of the same epilogue. When it is trained, the base's output z₀ (x Wᵀ, or `base_out`) is
+    saved as well, M · N elements, and dc[n] = Σ_m dy · z₀ + s · Σ_r b ⊙ (dyᵀ h) comes from the pass over dy that db
+    needs anyway. Taking z₀ + update back out of y as (y - bias) / c would save nothing extra where the next op keeps y,
+    but has no answer for c = 0, and in half precision none for a bias much larger than what it is added to (keys and
+    queries have such). Backward multiplies the rows of `weight` or dy by c, whichever is smaller, and the rows of b.
+
     A `weight` or `bias` that requires grad gets its gradient through the plain linear layer.
     Raises ValueError for shapes that do not chain and for p outside [0, 1).
     """
-    _check(x, a, b, weight, bias, base_out)
+    _check(x, a, b, weight, bias, base_out, column_scale)
     check_probability(p)
     x = x.to(autocast_dtype(x))
     if p > 0.0 and seed is None:
         seed = new_seed(x.device)
+    if bias is not None and bias.requires_grad and column_scale is not None:
+        y = low_rank(
+            x, a, b, scale=scale, weight=weight, base_out=None if base_out is None else base_out - bias,
+            column_scale=column_scale, p=p, seed=seed,
+        )  # fmt: skip
+        return y + bias.to(y.dtype)
     if weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        base_out, weight, bias = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None, None
+        base_out, weight = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None
+        bias = bias if column_scale is not None else None
     backend = choose("low_rank", x, a, M=math.prod(x.shape[:-1]), K=a.shape[1], N=b.shape[0], R=a.shape[0])
     if backend == "reference" or min(a.shape[0], a.shape[1], b.shape[0]) == 0:
         return reference(
-            x, a, b, scale=scale, weight=weight, bias=bias, base_out=base_out, p=p, seed=seed
+            x, a, b, scale=scale, weight=weight, bias=bias, base_out=base_out, column_scale=column_scale, p=p, seed=seed
         )
     if base_out is not None and not tracked() and _writable(base_out, x):
         if x.numel():
             kernel(backend, "low_rank").forward(
-                rows(x), a.contiguous(), b.contiguous(), base_out.view(-1, b.shape[0]), scale, p, seed
-            )
+                rows(x), a.contiguous(), b.contiguous(), base_out.view(-1, b.shape[0]), scale, p, seed, None,
+                *_epilogue(column_scale, bias, True),
+            )  # fmt: skip
         return base_out
-    y: Tensor = _differentiable(x, a, b, weight, bias, base_out, scale, p, seed, backend)[0]
+    keep = column_scale is not None and column_scale.requires_grad and torch.is_grad_enabled()
+    y = _differentiable(x, a, b, weight, bias, base_out, column_scale, scale, p, seed, backend, keep)[0]
     return y
 
 
 def _writable(base_out: Tensor, x: Tensor) -> bool:
     return base_out.is_contiguous() and base_out.dtype == x.dtype and not base_out.requires_grad
+
+
+def _epilogue(column_scale: Tensor | None, bias: Tensor | None, in_base: bool) -> tuple[Tensor | None, Tensor | None]:
+    """c and shift, f32 [N], of y = c ⊙ (base + update) + shift; `in_base`: base holds the bias, which c leaves alone."""
+    if column_scale is None:
+        return None, None
+    c = column_scale.detach().float().contiguous()
+    if bias is None:
+        return c, None
+    shift = bias.detach().float().contiguous()
+    return c, (1.0 - c) * shift if in_base else shift
 
 
 def _forward(
@@ -94,23 +132,38 @@ def _forward(
     weight: Tensor | None,
     bias: Tensor | None,
     base_out: Tensor | None,
+    column_scale: Tensor | None,
     scale: float,
     p: float,
     seed: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    x2 = rows(x)
-    shape = (*x.shape[:-1], b.shape[0])
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, h and, when the gradient of column_scale will want it, x Wᵀ (else nothing: `base_out` is an input)."""
+    x2, n = rows(x), b.shape[0]
+    shape = (*x.shape[:-1], n)
+    base: Tensor | None = None
     if weight is not None:
-        y = F.linear(x2, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    elif base_out is None:
-        y = x.new_zeros(x2.shape[0], b.shape[0])
+        inside = bias is not None and column_scale is None
+        base = F.linear(x2, weight.to(x.dtype), bias.to(x.dtype) if inside and bias is not None else None)
+    elif base_out is not None:
+        base = base_out.to(x.dtype).reshape(x2.shape[0], n)
+        base = base if base.stride(-1) == 1 else base.contiguous()
+    if base is None:
+        base, y = None, x.new_zeros(x2.shape[0], n)
+    elif keep or base_out is not None:
+        y = x.new_empty(x2.shape[0], n)
     else:
-        y = base_out.to(x.dtype).reshape(x2.shape[0], -1).clone(memory_format=torch.contiguous_format)
+        base, y = None, base
     if x2.shape[0] == 0:
-        return y.view(shape), x.new_empty(0, a.shape[0], dtype=torch.float32)
-    h = kernel(backend, "low_rank").forward(x2, a.contiguous(), b.contiguous(), y, scale, p, seed)
-    return y.view(shape), h
+        h = x.new_empty(0, a.shape[0], dtype=torch.float32)
+    else:
+        h = kernel(backend, "low_rank").forward(
+            x2, a.contiguous(), b.contiguous(), y, scale, p, seed, base,
+            *_epilogue(column_scale, bias, base_out is not None),
+        )  # fmt: skip
+    kept = base if keep and weight is not None and base is not None else x.new_empty(0)
+    return y.view(shape), h, kept
 
 
 def _backward(
@@ -120,6 +173,9 @@ def _backward(
     b: Tensor,
     h: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    column_scale: Tensor | None,
     scale: float,
     p: float,
     seed: Tensor | None,
@@ -127,97 +183,110 @@ def _backward(
     need_x: bool,
     need_a: bool,
     need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_c: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, da, db and dc. `bias` is given only where `base` holds it, which is not part of what is scaled."""
     dy2, x2 = rows(dy), rows(x)
     none = x.new_empty(0)
+    c = None if column_scale is None else column_scale.detach().float().contiguous()
     dx: Tensor | None = None
     if need_x:
-        dx = x.new_zeros(x2.shape) if weight is None else torch.mm(dy2, weight.to(dy.dtype))
+        dx = x.new_zeros(x2.shape) if weight is None else _input_gradient(dy2, weight, c)
     if x2.shape[0] == 0:
         return (
             none if dx is None else dx.view(x.shape),
             torch.zeros_like(a) if need_a else none,
             torch.zeros_like(b) if need_b else none,
+            none if column_scale is None or not need_c else torch.zeros_like(column_scale),
         )
+    base2 = rows(base) if need_c and base is not None else None
+    dc = dy2.new_zeros(b.shape[0], dtype=torch.float32) if need_c else None
+    scaled = b if c is None else b * c.to(b.dtype)[:, None]
     da, db = kernel(backend, "low_rank").backward(
-        dy2, x2, a.contiguous(), b.contiguous(), h, dx, scale, p, seed, need_a, need_b
-    )
+        dy2, x2, a.contiguous(), scaled.contiguous(), h, dx, scale, p, seed, need_a, need_b or need_c,
+        base2, None if base2 is None else dc,
+    )  # fmt: skip
+    if dc is not None:
+        dc += (b * db).sum(1)
+        if bias is not None:
+            dc -= bias * dy2.sum(0, dtype=torch.float32)
+    if need_b and c is not None:
+        db *= c[:, None]
     return (
         none if dx is None else dx.view(x.shape),
         da.to(a.dtype) if need_a else none,
         db.to(b.dtype) if need_b else none,
+        none if dc is None or column_scale is None else dc.to(column_scale.dtype),
     )
 
 
+def _input_gradient(dy: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
+    """(c ⊙ dy) W, where c multiplies the smaller of the two."""
+    weight = weight.to(dy.dtype)
+    if c is None:
+        return torch.mm(dy, weight)
+    c = c.to(dy.dtype)
+    return torch.mm(dy, weight * c[:, None]) if weight.shape[1] < dy.shape[0] else torch.mm(dy * c, weight)
+
+
 def _fake(
-    x: Tensor, a: Tensor, b: Tensor, weight: Any, bias: Any, base_out: Any, scale: Any, p: Any, seed: Any, backend: str
-) -> tuple[Tensor, Tensor]:
-    m = math.prod(x.shape[:-1])
-    return x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(m, a.shape[0], dtype=torch.float32)
+    x: Tensor, a: Tensor, b: Tensor, weight: Any, bias: Any, base_out: Any, column_scale: Any, scale: Any, p: Any,
+    seed: Any, backend: str, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    m, n = math.prod(x.shape[:-1]), b.shape[0]
+    kept = x.new_empty(m, n) if keep and weight is not None else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], n), x.new_empty(m, a.shape[0], dtype=torch.float32), kept
 
 
 def _backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h: Any,
-    weight: Any,
-    scale: Any,
-    p: Any,
-    seed: Any,
-    backend: str,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, h: Any, weight: Any, bias: Any, base: Any, column_scale: Any,
+    scale: Any, p: Any, seed: Any, backend: str, need_x: bool, need_a: bool, need_b: bool, need_c: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     none = x.new_empty(0)
     return (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else none,
         a.new_empty(a.shape) if need_a else none,
         b.new_empty(b.shape) if need_b else none,
+        column_scale.new_empty(column_scale.shape) if need_c else none,
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, a, b, weight, _bias, base_out, ctx.scale, ctx.p, seed, ctx.backend = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, a, b, weight, bias, base_out, column_scale, ctx.scale, ctx.p, seed, ctx.backend, keep = inputs
     ctx.base_dtype = None if base_out is None else base_out.dtype
-    ctx.save_for_backward(x, a, b, output[1], weight, seed)
-    ctx.mark_non_differentiable(output[1])
+    base = (output[2] if base_out is None and weight is not None else base_out) if keep else None
+    bias = bias if keep and base_out is not None else None
+    ctx.save_for_backward(x, a, b, output[1], weight, bias, base, column_scale, seed)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(backward: Any, ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(backward: Any, ctx: Any, dy: Tensor | None, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 10
-    x, a, b, h, weight, seed = ctx.saved_tensors
-    need_x, need_a, need_b = ctx.needs_input_grad[:3]
-    dx, da, db = backward(
-        dy, x, a, b, h, weight, ctx.scale, ctx.p, seed, ctx.backend, need_x, need_a, need_b
+        return (None,) * 12
+    x, a, b, h, weight, bias, base, c, seed = ctx.saved_tensors
+    need_x, need_a, need_b, _, _, need_base, need_c = ctx.needs_input_grad[:7]
+    dx, da, db, dc = backward(
+        dy, x, a, b, h, weight, bias, base, c, ctx.scale, ctx.p, seed, ctx.backend, need_x, need_a, need_b, need_c
     )
-    d_base = dy.to(ctx.base_dtype) if ctx.needs_input_grad[5] else None
+    d_base = None
+    if need_base:
+        d_base = dy.to(ctx.base_dtype) if c is None else (dy * c.to(dy.dtype)).to(ctx.base_dtype)
     return (
-        dx if need_x else None,
-        da if need_a else None,
-        db if need_b else None,
-        None,
-        None,
-        d_base,
-        None,
-        None,
-        None,
-        None,
-    )
+        dx if need_x else None, da if need_a else None, db if need_b else None, None, None, d_base,
+        dc if need_c else None, None, None, None, None, None,
+    )  # fmt: skip
 
 
 _differentiable = autograd(
     "low_rank",
-    "(Tensor x, Tensor a, Tensor b, Tensor? weight, Tensor? bias, Tensor? base_out, float scale, float p, "
-    "Tensor? seed, str backend) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor a, Tensor b, Tensor? weight, Tensor? bias, Tensor? base_out, Tensor? column_scale, float scale, "
+    "float p, Tensor? seed, str backend, bool keep) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake,
-    "(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor h, Tensor? weight, float scale, float p, Tensor? seed, "
-    "str backend, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor h, Tensor? weight, Tensor? bias, Tensor? base, "
+    "Tensor? column_scale, float scale, float p, Tensor? seed, str backend, bool need_x, bool need_a, bool need_b, "
+    "bool need_c) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     _setup_context,
@@ -226,7 +295,13 @@ _differentiable = autograd(
 
 
 def _check(
-    x: Tensor, a: Tensor, b: Tensor, weight: Tensor | None, bias: Tensor | None, base_out: Tensor | None
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_out: Tensor | None,
+    column_scale: Tensor | None,
 ) -> None:
     if a.dim() != 2 or b.dim() != 2 or x.dim() < 1 or x.shape[-1] != a.shape[1] or a.shape[0] != b.shape[1]:
         raise ValueError(
@@ -235,10 +310,15 @@ def _check(
     n, k = b.shape[0], a.shape[1]
     if weight is not None and weight.shape != (n, k):
         raise ValueError(f"weight {tuple(weight.shape)}: want [N, K] = {(n, k)}")
-    if bias is not None and (weight is None or bias.shape != (n,)):
-        raise ValueError(f"bias {tuple(bias.shape)}: want [N] = {(n,)}, together with weight")
+    inside = weight is not None or (base_out is not None and column_scale is not None)
+    if bias is not None and (not inside or bias.shape != (n,)):
+        raise ValueError(
+            f"bias {tuple(bias.shape)}: want [N] = {(n,)}, together with weight, or with base_out and column_scale"
+        )
     if base_out is not None and (weight is not None or base_out.shape != (*x.shape[:-1], n)):
         raise ValueError(f"base_out {tuple(base_out.shape)}: want {(*x.shape[:-1], n)}, without weight")
+    if column_scale is not None and column_scale.shape != (n,):
+        raise ValueError(f"column_scale {tuple(column_scale.shape)}: want [N] = {(n,)}")
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -268,9 +348,22 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
     del without["weight"]
     yield "update-only", without
     yield "onto-base", without | {"base_out": rand(6, 3, 40), "p": 0.2, "seed": seed}
+    scaled = case((3, 5), 72, 50, 8) | {"column_scale": rand(50)}
+    scaled["column_scale"][:2] = torch.tensor([0.0, 1e-3])
+    yield "scaled", scaled | {"bias": rand(50), "p": 0.1, "seed": seed}
+    if dtype in (torch.bfloat16, torch.float16):
+        mixed = case((67,), 40, 56, 8, torch.float32) | {"bias": 8 * rand(56), "p": 0.1, "seed": seed}
+        yield "scaled-f32-adapters", mixed | {"column_scale": rand(56, dt=torch.float32)}
+    yield "scaled-few-rows", case((3,), 40, 130, 4) | {"column_scale": rand(130)}
+    yield "scaled-update", without | {"column_scale": rand(40)}
+    onto = without | {"base_out": rand(6, 3, 40), "column_scale": rand(40), "p": 0.2, "seed": seed}
+    yield "scaled-onto-base", onto | {"bias": rand(40)}
+    yield "scaled-onto-strided-base", onto | {"base_out": rand(6, 3, 80)[..., ::2]}
+    yield "scaled-zero-rows", case((0,), 16, 16, 4) | {"column_scale": rand(16)}
 
 
 OP = Op(
     "low_rank", low_rank, reference, samples,
-    frozen=("weight", "bias"), rows=("x", "base_out"), compiled=("3d-bias-r16", "dropout-r8", "onto-base"),
+    frozen=("weight", "bias"), rows=("x", "base_out"),
+    compiled=("3d-bias-r16", "dropout-r8", "onto-base", "scaled", "scaled-onto-base"),
 )  # fmt: skip
