@@ -63,11 +63,13 @@ def expand_pass(
     h_bias: Tensor | None = None,
     bias: Tensor | None = None,
     act: str = "",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """out [M, N] = base + drop(factor * (act(h) w + bias)) for h [splits, M, R] -> h [M, R], summed over splits.
 
     w [R, N] by any strides; base [M, N] by any row stride, may be out itself. h_bias [R] is added only where the row
-    pass left it out.
+    pass left it out. With scale and shift [N] f32, and no dropout: out = scale * (base + factor * ...) + shift.
     """
     splits, m, r = h.shape
     n = out.shape[1]
@@ -75,7 +77,7 @@ def expand_pass(
     h_out = torch.empty((m, r), dtype=torch.float32, device=h.device) if splits > 1 else None
     launch(
         expand_kernel, (triton.cdiv(m, t.block_m), triton.cdiv(n, t.block_c)),
-        h, h_bias if splits > 1 else None, h_out, w, bias, base, out, drop.seed,
+        h, h_bias if splits > 1 else None, h_out, w, bias, base, scale, shift, out, drop.seed,
         m, n, r, w.stride(0), w.stride(1), 0 if base is None else base.stride(0), splits,
         float(factor), drop.inv_keep, drop.threshold,
         ACT=act, DROPOUT=drop.enabled, PRECISION=precision, BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
@@ -142,10 +144,12 @@ def column_pass(
     w: Tensor | None = None,
     base: Tensor | None = None,
     out: Tensor | None = None,
+    other: Tensor | None = None,
     act: str = "",
 ) -> None:
     """Weight gradient grad = grad_factor * act(g)^T drop(src) and input gradient out = base + drop(g w) in one pass.
 
+    other [M, C]: src_sum is then that of src * other, without grad_factor.
     src [M, C] · g [M, R] f32 · grad, src_sum [C], g_sum [R]: slots of `grads.partials`, grad by (R, C) strides
     · w [R, C] with base and out [M, C] only where `_tiles.dx_rides_along`.
     """
@@ -154,8 +158,9 @@ def column_pass(
     blocks_r = triton.cdiv(r, t.block_r)
     launch(
         column_kernel, (triton.cdiv(c, t.block_c), blocks_r, grads.splits),
-        src, g, w, base, out, grad, src_sum, g_sum, drop.seed,
-        m, c, r, src.stride(0), 0 if base is None else base.stride(0), *grad_strides,
+        src, g, w, base, out, other, grad, src_sum, g_sum, drop.seed,
+        m, c, r, src.stride(0), 0 if base is None else base.stride(0), 0 if other is None else other.stride(0),
+        *grad_strides,
         grads.size, grads.rows_per_split, float(grad_factor), drop.inv_keep, drop.threshold,
         ACT=act, DROPOUT=drop.enabled, PRECISION=precision[0], OUT_PRECISION=precision[1],
         BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r,

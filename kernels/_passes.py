@@ -1,9 +1,10 @@
 """The passes that low_rank and bottleneck are made of; each reads its large matrix once.
 
 row pass     out[m, r] = sum_c drop(x)[m, c] w[r, c]                          reads x, writes M * R
-expand pass  out[m, n] = base[m, n] + drop(factor (act(h) w + bias))[m, n]    reads base, writes out
+expand pass  out[m, n] = base[m, n] + drop(factor (act(h) w + bias))[m, n]    reads base, writes out; on the way also
+             out[m, n] = scale[n] out[m, n] + shift[n]
 column pass  grad[r, c] = sum_m g[m, r] drop(src)[m, c]                       reads src; on the way also
-             out[m, c] = base[m, c] + drop(g w)[m, c], column sums of src and g
+             out[m, c] = base[m, c] + drop(g w)[m, c], column sums of src (or src * other) and g
 reduce       sums of partial gradients over the row splits, in a fixed order: no atomics, so always the same bits
 """
 
@@ -167,6 +168,8 @@ def expand_kernel(
     w_ptr,
     bias_ptr,
     base_ptr,
+    scale_ptr,
+    shift_ptr,
     out_ptr,
     seed_ptr,
     M,
@@ -186,7 +189,10 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out = base + drop(factor * (act(h) w + bias)), w[r, n] by strides; h is summed over its splits and kept."""
+    """out = base + drop(factor * (act(h) w + bias)), w[r, n] by strides; h is summed over its splits and kept.
+
+    scale [N] (with no dropout): out = scale * out + shift, shift [N] or none; both f32.
+    """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     pid_n = tl.program_id(1)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -202,6 +208,12 @@ def expand_kernel(
                 mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
                 tl.store(h_out_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], h, mask=mask)
         acc = dot(activation(h, ACT), w, acc, PRECISION)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
+        acc *= scale
+        base = base.to(tl.float32) * scale
+        if shift_ptr is not None:
+            base += tl.load(shift_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
     key1, key2 = offs_m, offs_m
     if DROPOUT:
         key1, key2 = row_keys(seed_ptr, offs_m)
@@ -215,6 +227,7 @@ def column_kernel(
     w_ptr,
     base_ptr,
     out_ptr,
+    other_ptr,
     grad_ptr,
     src_sum_ptr,
     g_sum_ptr,
@@ -224,6 +237,7 @@ def column_kernel(
     R,
     stride_srcm,
     stride_basem,
+    stride_otherm,
     stride_gradr,
     stride_gradc,
     stride_split,
@@ -242,7 +256,7 @@ def column_kernel(
     """Gradient of a weight over one split of the rows and, with w [R, C], the input gradient of the same tile.
 
     grad[r, c] = grad_factor * sum_m act(g)[m, r] drop(src)[m, c], by strides, at grad_ptr + split * stride_split;
-    src_sum[c] = grad_factor * sum_m drop(src)[m, c]; g_sum[r] = sum_m g[m, r];
+    src_sum[c] = grad_factor * sum_m drop(src)[m, c], or with other sum_m (src * other)[m, c]; g_sum[r] = sum_m g[m, r];
     out[m, c] = base[m, c] + out_factor * drop(g w)[m, c] needs R <= BLOCK_R. A pointer that is None drops its part.
     """
     pid_c = tl.program_id(0)
@@ -277,7 +291,11 @@ def column_kernel(
                 src = tl.where(keep, src, 0.0)
             acc = dot(tl.trans(activation(g, ACT)), src, acc, PRECISION)
         if src_sum_ptr is not None:
-            src_sum += tl.sum(src.to(tl.float32), axis=0)
+            summed = src.to(tl.float32)
+            if other_ptr is not None:
+                other = tl.load(other_ptr + rows * stride_otherm + offs_c[None, :], mask=mask, other=0.0)
+                summed *= other.to(tl.float32)
+            src_sum += tl.sum(summed, axis=0)
         if g_sum_ptr is not None:
             g_sum += tl.sum(g, axis=0)
         if w_ptr is not None:
@@ -293,7 +311,7 @@ def column_kernel(
         tl.store(grad_tile, acc * grad_factor, mask=mask_r[:, None] & mask_c[None, :])
     if src_sum_ptr is not None:
         if tl.program_id(1) == 0:
-            tl.store(src_sum_ptr + at_split + offs_c, src_sum * grad_factor, mask=mask_c)
+            tl.store(src_sum_ptr + at_split + offs_c, src_sum * (1.0 if other_ptr is not None else grad_factor), mask=mask_c)
     if g_sum_ptr is not None:
         if pid_c == 0:
             tl.store(g_sum_ptr + at_split + offs_r, g_sum, mask=mask_r)

@@ -1,10 +1,10 @@
-"""Triton backend of low_rank: y += s * (drop(x) A^T) B^T, with backward.
+"""Triton backend of low_rank: y = c * (base + s * (drop(x) A^T) B^T) + shift, with backward.
 
 x [M, K], a [R, K], b [N, R], y [M, N]; x, y in f32, bf16 or f16 with any row stride for x and dy; a and b in one of the
 same types, independently; products accumulate in f32. The dropout mask is regenerated from (seed, row, column).
 
 forward   row pass over x (h), expand pass on y: x read once, y read and written once
-backward  dy pass (dh and db; for larger ranks a row and a column pass), column pass over x (da and dx), reduction
+backward  dy pass (dh, db, base_dot; for larger ranks a row and a column pass), column pass over x (da and dx), reduction
 Source of the method: Hu et al. 2021 (arXiv:2106.09685), eq. 3.
 """
 
@@ -29,13 +29,29 @@ def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
     return refuse_common(device, dtype, **dims)
 
 
-def forward(x: Tensor, a: Tensor, b: Tensor, y: Tensor, scale: float, p: float, seed: Tensor | None) -> Tensor:
-    """y [M, N] += scale * h b^T in place -> h = drop(x) a^T [M, R] f32 (with dropout's 1 / (1 - p), without scale)."""
+def forward(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    y: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    base: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """y [M, N] = c * (base + scale * h b^T) + shift -> h = drop(x) a^T [M, R] f32 (with 1 / (1 - p), without scale).
+
+    base None: in place on y. column_scale c and shift [N] f32; without c, y = base + scale * h b^T.
+    """
     drop = dropout_args(p, seed)
     products = precision(x.dtype, a.dtype)
+    base = y if base is None else base
     with on_device(x):
         h = row_pass(x, a, drop.inv_keep, drop, products.wide, may_split=True)
-        return expand_pass(h, b.T, y, y, scale, dropout_args(0.0, None), products.narrow)
+        plain = dropout_args(0.0, None)
+        return expand_pass(h, b.T, base, y, scale, plain, products.narrow, scale=column_scale, shift=shift)
 
 
 def backward(
@@ -50,32 +66,42 @@ def backward(
     seed: Tensor | None,
     need_a: bool,
     need_b: bool,
+    base: Tensor | None = None,
+    base_dot: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx [M, K] += drop(dh a) in place -> da = dh^T drop(x) [R, K] f32, db = scale dy^T h [N, R] f32.
 
-    dh = scale dy b. What is not needed is neither computed nor returned (None).
+    dh = scale dy b. What is not needed is neither computed nor returned (None). With base [M, N], and need_b,
+    base_dot [N] f32 becomes sum_m dy * base.
     """
     drop, plain = dropout_args(p, seed), dropout_args(0.0, None)
     products = precision(x.dtype, a.dtype)
     (n, r), k = b.shape, x.shape[1]
     need_dh = need_a or dx is not None
-    shapes = ([(r, k)] if need_a else []) + ([(n, r)] if need_b else [])
+    shapes = ([(r, k)] if need_a else []) + ([(n, r)] if need_b else []) + ([(n,)] if base is not None else [])
     with on_device(x):
         grads = Gradients(x, [k, n], shapes, products.wide, r)
         slots = list(grads.partials)
         da_slot = slots.pop(0) if need_a else None
         db_slot = slots.pop(0) if need_b else None
+        dot_slot = slots.pop(0) if base is not None else None
         dh = None
         if need_dh and db_slot is not None and _one_dy_pass(dy, r):
-            dh = _dy_pass(dy, b, h, db_slot, grads, scale, products.wide)
+            dh = _dy_pass(dy, b, h, db_slot, grads, scale, products.wide, base, dot_slot)
         elif db_slot is not None:
-            column_pass(dy, h, grads, plain, products, grad=db_slot, grad_strides=(1, r), grad_factor=scale)
+            column_pass(
+                dy, h, grads, plain, products,
+                grad=db_slot, grad_strides=(1, r), grad_factor=scale, src_sum=dot_slot, other=base,
+            )  # fmt: skip
         if need_dh and dh is None:
             dh = row_pass(dy, b.T, scale, plain, products.wide)[0]
         if dh is not None:
             _x_pass(x, a, dh, dx, da_slot, grads, drop, products)
         sums = grads.finish()
-    return (sums.pop(0) if need_a else None), (sums.pop(0) if need_b else None)
+    da, db = (sums.pop(0) if need_a else None), (sums.pop(0) if need_b else None)
+    if base_dot is not None:
+        base_dot.copy_(sums[0])
+    return da, db
 
 
 def _x_pass(
@@ -106,10 +132,13 @@ def dy_kernel(
     h_ptr,
     dh_ptr,
     db_ptr,
+    base_ptr,
+    base_dot_ptr,
     M,
     N,
     R,
     stride_dym,
+    stride_basem,
     stride_split,
     rows_per_split,
     scale,
@@ -120,7 +149,8 @@ def dy_kernel(
 ):
     """One reading of dy for both gradients of the latent.
 
-    dh[chunk of n, m, r] = scale * sum_n dy[m, n] b[n, r] over the chunk; db[split of m, n, r] = scale * sum_m dy h.
+    dh[chunk of n, m, r] = scale * sum_n dy[m, n] b[n, r] over the chunk; db[split of m, n, r] = scale * sum_m dy h;
+    base_dot[split of m, n] = sum_m dy base.
     """
     pid_n = tl.program_id(0)
     split = tl.program_id(1)
@@ -132,6 +162,7 @@ def dy_kernel(
     weight_mask = mask_n[:, None] & mask_r[None, :]
     b = tl.load(b_ptr + weight_tile, mask=weight_mask, other=0.0)
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    dots = tl.zeros((BLOCK_N,), tl.float32)
     row_start = split * rows_per_split
     row_end = min(row_start + rows_per_split, M)
     for m in range(row_start, row_end, BLOCK_M):
@@ -144,6 +175,12 @@ def dy_kernel(
         dh = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION)
         tl.store(dh_ptr + pid_n.to(tl.int64) * M * R + rows * R + offs_r[None, :], dh * scale, mask=mask)
         acc = dot(tl.trans(dy), h, acc, PRECISION)
+        if base_ptr is not None:
+            base_tile = base_ptr + rows * stride_basem + offs_n[None, :]
+            base = tl.load(base_tile, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+            dots += tl.sum(dy.to(tl.float32) * base.to(tl.float32), axis=0)
+    if base_ptr is not None:
+        tl.store(base_dot_ptr + split.to(tl.int64) * stride_split + offs_n, dots, mask=mask_n)
     tl.store(db_ptr + split.to(tl.int64) * stride_split + weight_tile, acc * scale, mask=weight_mask)
 
 
@@ -152,14 +189,25 @@ def _one_dy_pass(dy: Tensor, rank: int) -> bool:
     return rank <= 32 and dy.element_size() == 2 and dy.numel() * 2 > device_of(dy).cache // 2
 
 
-def _dy_pass(dy: Tensor, b: Tensor, h: Tensor, db: Tensor, grads: Gradients, scale: float, precision: str) -> Tensor:
+def _dy_pass(
+    dy: Tensor,
+    b: Tensor,
+    h: Tensor,
+    db: Tensor,
+    grads: Gradients,
+    scale: float,
+    precision: str,
+    base: Tensor | None,
+    base_dot: Tensor | None,
+) -> Tensor:
     (m, n), r = dy.shape, b.shape[1]
     t = tile("dy", precision, r, device_of(dy).arch)
     chunks = triton.cdiv(n, t.block_c)
     partial = torch.empty((chunks, m * r), dtype=torch.float32, device=dy.device)
     launch(
         dy_kernel, (chunks, grads.splits),
-        dy, b, h, partial, db, m, n, r, dy.stride(0), grads.size, grads.rows_per_split, float(scale),
+        dy, b, h, partial, db, base, base_dot, m, n, r, dy.stride(0), 0 if base is None else base.stride(0),
+        grads.size, grads.rows_per_split, float(scale),
         PRECISION=precision, BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
@@ -190,16 +238,22 @@ def _aot_calls() -> Iterator[tuple[str, Callable[[], object]]]:
         (1, 4096, 4096, 16, bf16, bf16, 0.0),
         (7, 33, 29, 1, bf16, bf16, 0.1),
     ]
-    for m, k, n, r, dtype, weights, p in cases:
+    scaled = [(8192, 4096, 4096, 16, bf16, f32, 0.1), (8192, 4096, 4096, 128, bf16, bf16, 0.1)]
+    scaled += [(1024, 768, 768, 8, f32, f32, 0.1), (7, 33, 29, 1, bf16, f32, 0.0)]
+    for case, on_columns in [*((case, False) for case in cases), *((case, True) for case in scaled)]:
+        m, k, n, r, dtype, weights, p = case
         name = f"low_rank {m}x{k}-{n} r{r} {dtype} {weights} p{p}".replace("torch.", "")
-        yield name, functools.partial(_aot_call, m, k, n, r, dtype, weights, p)
+        yield name + " scaled" * on_columns, functools.partial(_aot_call, *case, on_columns)
 
 
-def _aot_call(m: int, k: int, n: int, r: int, dtype: torch.dtype, weights: torch.dtype, p: float) -> None:
+def _aot_call(
+    m: int, k: int, n: int, r: int, dtype: torch.dtype, weights: torch.dtype, p: float, scaled: bool = False
+) -> None:
     def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, dy, a, b = meta(m, k), meta(m, n), meta(r, k, dtype=weights), meta(n, r, dtype=weights)
     seed = meta(1, dtype=torch.int64) if p else None
-    h = forward(x, a, b, meta(m, n), 0.5, p, seed)
-    backward(dy, x, a, b, h, meta(m, k), 0.5, p, seed, True, True)
+    base, columns = (meta(m, n), meta(n, dtype=torch.float32)) if scaled else (None, None)
+    h = forward(x, a, b, meta(m, n), 0.5, p, seed, base, columns, columns)
+    backward(dy, x, a, b, h, meta(m, k), 0.5, p, seed, True, True, base, columns)
