@@ -25,6 +25,7 @@ from peftkern.errors import BackendError, near
 ORDER = ("cuda", "triton", "cpu", "reference")
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _forced: str | None = os.environ.get("PEFTKERN_BACKEND") or None
+_limits: dict[str, Limit] = {}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,23 @@ class Backend:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     refuse: Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Sizes from which an op's kernels are worth their launch, as its benchmark shows.
+
+    sizes(*args, **kwargs) are the dims of a call of the op; reason(backend, dtype, **dims) says why plain PyTorch is
+    faster there, or None.
+    """
+
+    sizes: Callable[..., dict[str, int]]
+    reason: Callable[..., str | None]
+
+
+def limit(op: str, sizes: Callable[..., dict[str, int]], reason: Callable[..., str | None]) -> None:
+    """Register an op's limit. It is not asked about a backend that is forced, nor where the sizes are not known."""
+    _limits[op] = Limit(sizes, reason)
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,8 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, forced: str | Non
             return forced
         others = _explain(op, device, dtype, None, **dims)
         raise BackendError(f"{op}: backend {forced!r} was forced and cannot run: {reason}\nWithout force: {others}")
-    return next(name for name in ORDER if _refusal(name, op, device, dtype, **dims) is None)
+    refused = (_refusal(name, op, device, dtype, **dims) or _slow(name, op, dtype, **dims) for name in ORDER)
+    return next(name for name, reason in zip(ORDER, refused, strict=True) if reason is None)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
@@ -91,7 +110,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if not tensors:
         raise ValueError(f"explain({op!r}, ...): give the op's own arguments, among them a floating-point tensor")
-    return _explain(op, tensors[0].device, tensors[0].dtype, _forced)
+    dims = _limits[op].sizes(*args, **kwargs) if op in _limits else {}
+    return _explain(op, tensors[0].device, tensors[0].dtype, _forced, **dims)
 
 
 def _explain(op: str, device: torch.device, dtype: torch.dtype, forced: str | None, **dims: int) -> Explanation:
@@ -99,7 +119,9 @@ def _explain(op: str, device: torch.device, dtype: torch.dtype, forced: str | No
     chosen = ""
     for name in ORDER:
         reason = _refusal(name, op, device, dtype, **dims)
-        if forced is not None and name != forced:
+        if forced is None:
+            reason = reason or _slow(name, op, dtype, **dims)
+        elif name != forced:
             reason = reason or f"backend {forced!r} is forced"
         if reason is None and chosen:
             reason = f"{chosen} comes first"
@@ -166,6 +188,13 @@ def _refusal(name: str, op: str, device: torch.device, dtype: torch.dtype, **dim
         return f"tensor is on {device.type}"
     backend = load(name, op)
     return backend if isinstance(backend, str) else backend.refuse(device, dtype, **dims)
+
+
+def _slow(name: str, op: str, dtype: torch.dtype, **dims: int) -> str | None:
+    """Why plain PyTorch is faster than this backend at these sizes, or None."""
+    if name == "reference" or not dims or op not in _limits:
+        return None
+    return _limits[op].reason(name, dtype, **dims)
 
 
 def _known(name: str) -> str:

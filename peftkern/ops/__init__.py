@@ -1,7 +1,8 @@
 """Fused functional ops with autograd; every one has a plain PyTorch reference in its own file."""
 
 from peftkern.ops.bottleneck import bottleneck
+from peftkern.ops.column_scale import column_scale
 from peftkern.ops.low_rank import low_rank
 from peftkern.ops.prompt_concat import Prompted, prompt_concat
 
-__all__ = ["Prompted", "bottleneck", "low_rank", "prompt_concat"]
+__all__ = ["Prompted", "bottleneck", "column_scale", "low_rank", "prompt_concat"]
