@@ -35,6 +35,8 @@ class AdapterConfig:
     peft_type: ClassVar[str | None] = None
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Fields of Hugging Face PEFT that are accepted only with one of these values: others change the mathematics."""
+    extensions: ClassVar[tuple[str, ...]] = ()
+    """Fields that Hugging Face PEFT's class does not have: not written to a file while they have their default."""
 
     task_type: str | None = None
     modules_to_save: list[str] | None = None
@@ -75,6 +77,10 @@ class AdapterConfig:
             except re.error as error:
                 kind = type(self).__name__
                 raise ConfigError(f"{kind}: {name}={pattern!r} is no regular expression: {error}") from error
+
+    def resolved(self: C, model: nn.Module) -> C:
+        """With everything decided that the fields leave to the model; asked once, when an adapter is attached."""
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, sets as sorted lists."""

@@ -71,8 +71,9 @@ class Plan:
     """
 
     def __init__(self, model: nn.Module, config: AdapterConfig, name: str, carried: Iterable[str] = ()) -> None:
-        self.model, self.config, self.name = model, config, name
         self.method = registry.by_config(config)
+        config = config.resolved(model)
+        self.model, self.config, self.name = model, config, name
         self.layers: dict[str, LayerAdapter] = {}
         self.sources: dict[str, str] = {}
         self.prompt: PromptAdapter | None = None

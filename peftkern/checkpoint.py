@@ -5,6 +5,7 @@ Everything is checked before the model changes, and files are replaced atomicall
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -74,7 +75,10 @@ def write(directory: str | Path, config: AdapterConfig, tensors: Mapping[str, Te
     info = registry.methods()[method.name]
     peft_type = config.peft_type or method.name.upper()
     own = {"method": method.name, "distribution": info.distribution, "version": _version()}
-    values = {"peft_type": peft_type, **config.to_dict()} | ({} if config.peft_type else {"peftkern": own})
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    left_out = {key for key in config.extensions if getattr(config, key) == fields[key].default}
+    values = {key: value for key, value in config.to_dict().items() if key not in left_out}
+    values |= {"peft_type": peft_type} | ({} if config.peft_type else {"peftkern": own})
     text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,12 @@ ATTENTION_PROJECTIONS = (
 )  # fmt: skip
 """Names under which the field's models keep the query and value projections: the default targets of LoRA's paper."""
 
+KEY_VALUE_PROJECTIONS = (
+    "key", "value", "k_proj", "v_proj", "k_lin", "v_lin", "key_proj", "value_proj", "k", "v",
+    "c_attn", "qkv_proj", "query_key_value",
+)  # fmt: skip
+"""The same for keys and values: what (IA)³'s paper scales inside attention."""
+
 TASK_HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_classifier")
 """Names under which transformers keeps task heads; Hugging Face PEFT trains the same ones for these task types."""
 
@@ -69,6 +75,19 @@ def match(model: nn.Module, config: Any) -> list[str]:
     if not paths:
         raise TargetError(_no_match(spec, candidates, config, bool(chosen)))
     return paths
+
+
+def short_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """The shortest ends of the paths, cut at dots, that match these modules and no other."""
+    wanted = set(paths)
+    ends: dict[str, list[str]] = {path: _ends(path) for path, _ in named_modules(model, remove_duplicate=False) if path}
+    foreign = {end for path, own in ends.items() if path not in wanted for end in own}
+    return sorted({next(end for end in ends[path] if end not in foreign) for path in wanted})
+
+
+def _ends(path: str) -> list[str]:
+    words = path.split(".")
+    return [".".join(words[-count:]) for count in range(1, len(words) + 1)]
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:

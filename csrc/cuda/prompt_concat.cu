@@ -1,40 +1,9 @@
 // Prompt rows in front of the first real token of every row, with mask, positions and labels; and the gradients.
 // On the LibTorch stable ABI: compiles against any torch >= 2.10, a CPU build included.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <cassert>
-#include <cstdint>
-#include <initializer_list>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <type_traits>
+#include "common.cuh"
 
 namespace peftkern {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int kWarp = 32;
-constexpr int kThreads = 256;
-constexpr int kVectorBytes = 16;
-constexpr int64_t kMostBlocks = int64_t{1} << 30;  // the grid's x dimension ends at 2^31 - 1; kernels stride beyond
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ void from_float(float x, float* out) { *out = x; }
-__device__ void from_float(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
-__device__ void from_float(float x, __half* out) { *out = __float2half_rn(x); }
 
 struct Sizes {
   int64_t batch, length, prompt, hidden;
@@ -191,76 +160,9 @@ __global__ void start_kernel(const int64_t* mask, Sizes n, int64_t* start) {
 
 // ---- host
 
-void that(bool ok, const std::string& message) { STD_TORCH_CHECK(ok, message); }
-
-std::string shape_text(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
-
-void check_tensor(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want,
-                  const Tensor& like) {
-  const std::string who = std::string(op) + ": " + name;
-  that(t.is_cuda() && t.get_device_index() == like.get_device_index(), who + " is not on the CUDA device of the mask");
-  bool same = t.dim() == static_cast<int64_t>(want.size());
-  std::string text = "[";
-  int64_t i = 0;
-  for (int64_t n : want) {
-    text += (i ? ", " : "") + std::to_string(n);
-    same = same && i < t.dim() && t.size(i) == n;
-    ++i;
-  }
-  that(same, who + " has shape " + shape_text(t) + ", want " + text + "]");
-  that(t.is_contiguous(), who + " is not contiguous");
-}
-
-void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
-  that(t.scalar_type() == want, std::string(op) + ": " + name + " has dtype " +
-                                    torch::headeronly::toString(t.scalar_type()) + ", want " +
-                                    torch::headeronly::toString(want));
-}
-
-template <class F>
-void with_dtype(const char* op, const char* name, const Tensor& t, const F& f) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return f(static_cast<float*>(nullptr));
-    case ScalarType::BFloat16:
-      return f(static_cast<__nv_bfloat16*>(nullptr));
-    case ScalarType::Half:
-      return f(static_cast<__half*>(nullptr));
-    default:
-      that(false, std::string(op) + ": " + name + " has dtype " + torch::headeronly::toString(t.scalar_type()) +
-                      ", want Float, BFloat16 or Half");
-  }
-}
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-cudaStream_t stream_of(const Tensor& t) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-unsigned blocks_for(int64_t items, int64_t items_per_block) {
-  const int64_t blocks = (items + items_per_block - 1) / items_per_block;
-  return static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
-}
-
-bool aligned(std::initializer_list<const void*> pointers, int64_t row_bytes) {
-  bool ok = row_bytes % kVectorBytes == 0;
-  for (const void* p : pointers) ok = ok && reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
-  return ok;
-}
-
 Sizes check_mask(const char* op, const Tensor& mask, int64_t prompt, int64_t hidden) {
   that(mask.dim() == 2, std::string(op) + ": mask has shape " + shape_text(mask) + ", want [B, S]");
-  check_tensor(op, "mask", mask, {mask.size(0), mask.size(1)}, mask);
+  check_tensor(op, "mask", mask, {mask.size(0), mask.size(1)}, "the mask", mask);
   check_dtype(op, "mask", mask, ScalarType::Long);
   return {mask.size(0), mask.size(1), prompt, hidden};
 }
@@ -284,17 +186,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_concat_forward(const std::opti
   constexpr const char* kOp = "prompt_concat_forward";
   that(prompt.dim() == 2, std::string(kOp) + ": prompt has shape " + shape_text(prompt) + ", want [T, H]");
   const Sizes n = check_mask(kOp, mask, prompt.size(0), prompt.size(1));
-  check_tensor(kOp, "prompt", prompt, {n.prompt, n.hidden}, mask);
+  check_tensor(kOp, "prompt", prompt, {n.prompt, n.hidden}, "the mask", mask);
   if (ids.has_value()) {
     that(source.dim() == 2, std::string(kOp) + ": table has shape " + shape_text(source) + ", want [V, H]");
-    check_tensor(kOp, "table", source, {source.size(0), n.hidden}, mask);
-    check_tensor(kOp, "ids", *ids, {n.batch, n.length}, mask);
+    check_tensor(kOp, "table", source, {source.size(0), n.hidden}, "the mask", mask);
+    check_tensor(kOp, "ids", *ids, {n.batch, n.length}, "the mask", mask);
     check_dtype(kOp, "ids", *ids, ScalarType::Long);
   } else {
-    check_tensor(kOp, "embeds", source, {n.batch, n.length, n.hidden}, mask);
+    check_tensor(kOp, "embeds", source, {n.batch, n.length, n.hidden}, "the mask", mask);
   }
   if (labels.has_value()) {
-    check_tensor(kOp, "labels", *labels, {n.batch, n.length}, mask);
+    check_tensor(kOp, "labels", *labels, {n.batch, n.length}, "the mask", mask);
     check_dtype(kOp, "labels", *labels, ScalarType::Long);
   }
   const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
@@ -353,7 +255,7 @@ std::tuple<Tensor, Tensor> prompt_concat_backward(const Tensor& dout, const Tens
   that(dout.dim() == 3, std::string(kOp) + ": dout has shape " + shape_text(dout) + ", want [B, T + S, H]");
   that(prompt_length >= 0, std::string(kOp) + ": T is " + std::to_string(prompt_length) + ", want at least 0");
   const Sizes n = check_mask(kOp, mask, prompt_length, dout.size(2));
-  check_tensor(kOp, "dout", dout, {n.batch, n.out(), n.hidden}, mask);
+  check_tensor(kOp, "dout", dout, {n.batch, n.out(), n.hidden}, "the mask", mask);
   const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
   Tensor start = torch::stable::new_empty(mask, {n.batch});
   Tensor d_prompt = torch::stable::new_empty(dout, {n.prompt, n.hidden}, ScalarType::Float);

@@ -1,0 +1,114 @@
+// What the CUDA ops share: conversions, argument checks, launches. On the LibTorch stable ABI, so that one binary
+// serves every torch >= 2.10 and compiles against a CPU build of it.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cassert>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+
+namespace peftkern {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;
+constexpr int kVectorBytes = 16;
+constexpr int64_t kMostBlocks = int64_t{1} << 30;  // the grid's x dimension ends at 2^31 - 1; kernels stride beyond
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline void from_float(float x, float* out) { *out = x; }
+__device__ inline void from_float(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
+__device__ inline void from_float(float x, __half* out) { *out = __float2half_rn(x); }
+
+inline void that(bool ok, const std::string& message) { STD_TORCH_CHECK(ok, message); }
+
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+// A tensor of this shape on the device of `like`; rows may be strided if `row_strided`, everything else is contiguous.
+inline void check_tensor(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want,
+                         const char* like_name, const Tensor& like, bool row_strided = false) {
+  const std::string who = std::string(op) + ": " + name;
+  that(t.is_cuda() && t.get_device_index() == like.get_device_index(),
+       who + " is not on the CUDA device of " + like_name);
+  bool same = t.dim() == static_cast<int64_t>(want.size());
+  std::string text = "[";
+  int64_t i = 0;
+  for (int64_t n : want) {
+    text += (i ? ", " : "") + std::to_string(n);
+    same = same && i < t.dim() && t.size(i) == n;
+    ++i;
+  }
+  that(same, who + " has shape " + shape_text(t) + ", want " + text + "]");
+  if (row_strided)
+    that(t.size(1) == 1 || t.stride(1) == 1, who + " has stride " + std::to_string(t.stride(1)) + ", want 1");
+  else
+    that(t.is_contiguous(), who + " is not contiguous");
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
+  that(t.scalar_type() == want, std::string(op) + ": " + name + " has dtype " +
+                                    torch::headeronly::toString(t.scalar_type()) + ", want " +
+                                    torch::headeronly::toString(want));
+}
+
+template <class F>
+void with_dtype(const char* op, const char* name, const Tensor& t, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return f(static_cast<float*>(nullptr));
+    case ScalarType::BFloat16:
+      return f(static_cast<__nv_bfloat16*>(nullptr));
+    case ScalarType::Half:
+      return f(static_cast<__half*>(nullptr));
+    default:
+      that(false, std::string(op) + ": " + name + " has dtype " + torch::headeronly::toString(t.scalar_type()) +
+                      ", want Float, BFloat16 or Half");
+  }
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+inline cudaStream_t stream_of(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline unsigned blocks_for(int64_t items, int64_t items_per_block) {
+  const int64_t blocks = (items + items_per_block - 1) / items_per_block;
+  return static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks);
+}
+
+inline bool aligned(std::initializer_list<const void*> pointers, int64_t row_bytes) {
+  bool ok = row_bytes % kVectorBytes == 0;
+  for (const void* p : pointers) ok = ok && reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
+  return ok;
+}
+
+}  // namespace
+}  // namespace peftkern
