@@ -2,7 +2,9 @@
 
 A backend of an op is an object with `forward` and `backward`, found by name and never listed anywhere:
 `cuda` and `cpu` are libraries that register `torch.ops.peftkern_<backend>.<op>_forward`, `triton` is the module
-`peftkern.kernels.<op>`, `reference` is the plain PyTorch function of the op's own file.
+`peftkern.kernels.<op>`, `reference` is the plain PyTorch function of the op's own file. A library may leave out
+`<op>_backward`, for an op that it serves without gradients only, and may register `<op>_most_rows() -> int`, the
+number of rows M above which another backend is the better one.
 """
 
 from __future__ import annotations
@@ -30,12 +32,13 @@ _limits: dict[str, Limit] = {}
 
 @dataclass(frozen=True)
 class Backend:
-    """Two functions over 2-D views; their arguments are fixed by the op's file."""
+    """Two functions over 2-D views, whose arguments are fixed by the op's file; `trains`: it has a backward."""
 
     name: str
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     refuse: Callable[..., str | None]
+    trains: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,20 +85,23 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, **dims: int) -> str:
-    """Name of the backend that runs `op` on tensors of this device and dtype; `dims` are the sizes it may judge by."""
-    return _choose(op, device, dtype, _forced, **dims)
+def choose(op: str, device: torch.device, dtype: torch.dtype, grad: bool = False, **dims: int) -> str:
+    """Name of the backend that runs `op` on tensors of this device and dtype, with a backward if `grad`.
+
+    `dims` are the sizes that it may judge by.
+    """
+    return _choose(op, device, dtype, _forced, grad, **dims)
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(op: str, device: torch.device, dtype: torch.dtype, forced: str | None, **dims: int) -> str:
+def _choose(op: str, device: torch.device, dtype: torch.dtype, forced: str | None, grad: bool, **dims: int) -> str:
     if forced is not None:
-        reason = _refusal(_known(forced), op, device, dtype, **dims)
+        reason = _refusal(_known(forced), op, device, dtype, grad, **dims)
         if reason is None:
             return forced
-        others = _explain(op, device, dtype, None, **dims)
+        others = _explain(op, device, dtype, None, grad, **dims)
         raise BackendError(f"{op}: backend {forced!r} was forced and cannot run: {reason}\nWithout force: {others}")
-    refused = (_refusal(name, op, device, dtype, **dims) or _slow(name, op, dtype, **dims) for name in ORDER)
+    refused = (_refusal(name, op, device, dtype, grad, **dims) or _slow(name, op, dtype, **dims) for name in ORDER)
     return next(name for name, reason in zip(ORDER, refused, strict=True) if reason is None)
 
 
@@ -114,11 +120,13 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     return _explain(op, tensors[0].device, tensors[0].dtype, _forced, **dims)
 
 
-def _explain(op: str, device: torch.device, dtype: torch.dtype, forced: str | None, **dims: int) -> Explanation:
+def _explain(
+    op: str, device: torch.device, dtype: torch.dtype, forced: str | None, grad: bool = False, **dims: int
+) -> Explanation:
     refused: dict[str, str] = {}
     chosen = ""
     for name in ORDER:
-        reason = _refusal(name, op, device, dtype, **dims)
+        reason = _refusal(name, op, device, dtype, grad, **dims)
         if forced is None:
             reason = reason or _slow(name, op, dtype, **dims)
         elif name != forced:
@@ -144,8 +152,20 @@ def load(name: str, op: str) -> Backend | str:
     if not hasattr(namespace, f"{op}_forward"):
         return f"no {name} kernel exists for {op}"
     forward = getattr(namespace, f"{op}_forward").default
-    backward = getattr(namespace, f"{op}_backward").default
-    return Backend(name, forward, backward, lambda *_args, **_dims: None)
+    most = getattr(namespace, f"{op}_most_rows")() if hasattr(namespace, f"{op}_most_rows") else None
+    refuse = functools.partial(_too_many_rows, most)
+    if not hasattr(namespace, f"{op}_backward"):
+        return Backend(name, forward, _no_backward, refuse, trains=False)
+    return Backend(name, forward, getattr(namespace, f"{op}_backward").default, refuse)
+
+
+def _no_backward(*_args: Any) -> Any:
+    raise BackendError("this backend has no backward")
+
+
+def _too_many_rows(most: int | None, _device: torch.device, _dtype: torch.dtype, **dims: int) -> str | None:
+    rows = dims.get("M", 0)
+    return f"M = {rows} rows: it is made for at most {most}" if most is not None and rows > most else None
 
 
 @functools.cache
@@ -179,7 +199,9 @@ def _load_triton(op: str) -> Backend | str:
     return Backend("triton", module.forward, module.backward, module.refuse)
 
 
-def _refusal(name: str, op: str, device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
+def _refusal(
+    name: str, op: str, device: torch.device, dtype: torch.dtype, grad: bool = False, **dims: int
+) -> str | None:
     if name == "reference":
         return None
     if dtype not in _NATIVE_DTYPES:
@@ -187,7 +209,11 @@ def _refusal(name: str, op: str, device: torch.device, dtype: torch.dtype, **dim
     if name in ("cpu", "cuda") and device.type != name:
         return f"tensor is on {device.type}"
     backend = load(name, op)
-    return backend if isinstance(backend, str) else backend.refuse(device, dtype, **dims)
+    if isinstance(backend, str):
+        return backend
+    if grad and not backend.trains:
+        return "it has no backward, and a gradient is wanted"
+    return backend.refuse(device, dtype, **dims)
 
 
 def _slow(name: str, op: str, dtype: torch.dtype, **dims: int) -> str | None:

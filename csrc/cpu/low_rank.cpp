@@ -1,22 +1,9 @@
-// y = c * (base + s * (drop(x) A^T) B^T) + shift and its gradients. This file includes itself once per instruction set (foreach_isa.h).
+// y = c * (base + s * (drop(x) A^T) B^T) + shift and its gradients. This file includes itself once per instruction set
+// (foreach_isa.h).
 #ifndef PEFTKERN_ISA
 
 #include "check.h"
-
-namespace peftkern {
-
-// x, base, y, dy and dx are [M, K or N] of one dtype, a [R, K] and b [N, R] of another; h, da and db are f32.
-struct LowRank {
-  int64_t m, k, n, r;
-  Matrix x, a, b, base, y, h, dy, dx, da, db;  // an absent one has no data
-  const float* column_scale;                   // c and shift: f32 [N] or null
-  const float* shift;
-  float* base_dot;  // [N]: column sums of dy * base, or null
-  float scale;
-  Dropout drop;
-};
-
-}  // namespace peftkern
+#include "low_rank.h"
 
 #define PEFTKERN_ISA_FILE "low_rank.cpp"
 #include "foreach_isa.h"
@@ -76,8 +63,7 @@ Tensor low_rank_forward(const Tensor& x, const Tensor& a, const Tensor& b, const
 std::tuple<Tensor, Tensor> low_rank_backward(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b,
                                              const Tensor& h, const std::optional<Tensor>& dx, double scale, double p,
                                              const std::optional<Tensor>& seed, bool need_a, bool need_b,
-                                             const std::optional<Tensor>& base,
-                                             const std::optional<Tensor>& base_dot) {
+                                             const std::optional<Tensor>& base, const std::optional<Tensor>& base_dot) {
   const Check check("low_rank_backward");
   LowRank op = low_rank_args(check, x, a, b, scale, p, seed);
   check.shape("dy", dy, {op.m, op.n}, true);
@@ -151,7 +137,7 @@ void forward(const LowRank& op) {
     for (int64_t m = begin * kRowChunk; m < end * kRowChunk && m < op.m; m += kRowChunk) {
       const int64_t rows = op.m - m < kRowChunk ? op.m - m : kRowChunk;
       if (op.drop.on) {
-        for (int64_t i = 0; i < rows; ++i) keys[i] = row_key(op.drop.seed, m + i);
+        for (int64_t i = 0; i < rows; ++i) keys[i] = op.key(m + i);
         keep_bits(keys, rows, 0, op.k, op.drop.threshold, bits.get(), ldb);
       }
       float* h = op.h.as<float>() + m * op.r;
@@ -181,8 +167,8 @@ void backward_b(const LowRank& op) {
         const int64_t rows = op.m - m < kOuterRows ? op.m - m : kOuterRows;
         outer.add(op.dy.as<const T>(), op.dy.row, m, rows, c0, op.n, nullptr, 0);
         if (op.base_dot)
-          column_dots(op.dy.as<const T>() + m * op.dy.row + c0, op.dy.row,
-                      op.base.as<const T>() + m * op.base.row + c0, op.base.row, rows, op.n - c0, dots);
+          column_dots(op.dy.as<const T>() + m * op.dy.row + c0, op.dy.row, op.base.as<const T>() + m * op.base.row + c0,
+                      op.base.row, rows, op.n - c0, dots);
       }
       outer.write(op.r, c0, op.n, op.scale, op.db.transposed());
       if (op.base_dot)
@@ -235,7 +221,7 @@ void backward(const LowRank& op) {
     for (int64_t m = begin * kRowChunk; m < end * kRowChunk && m < op.m; m += kRowChunk) {
       const int64_t rows = op.m - m < kRowChunk ? op.m - m : kRowChunk;
       if (op.drop.on)
-        for (int64_t i = 0; i < rows; ++i) keys.get()[m + i] = row_key(op.drop.seed, m + i);
+        for (int64_t i = 0; i < rows; ++i) keys.get()[m + i] = op.key(m + i);
       float* to = dh.get() + m * op.r;
       shrink<Lane, T>(op.dy.as<const T>() + m * op.dy.row, op.dy.row, rows, op.m - m - rows, op.n, nullptr, 0, b,
                       op.scale, to, op.r);

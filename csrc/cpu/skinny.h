@@ -57,8 +57,8 @@ void keep_word(const RowKey* keys, int64_t rows, int64_t c0, uint32_t threshold,
 }
 
 // Keep bits of rows x [c0, c0 + cols), c0 % 16 == 0.
-void keep_bits(const RowKey* keys, int64_t rows, int64_t c0, int64_t cols, uint32_t threshold, uint8_t* bits,
-               int64_t ldb) {
+[[maybe_unused]] void keep_bits(const RowKey* keys, int64_t rows, int64_t c0, int64_t cols, uint32_t threshold,
+                                uint8_t* bits, int64_t ldb) {
   for (int64_t c = 0; c < cols; c += 32) {
     if (cols - c > 16)
       keep_word<32>(keys, rows, c0 + c, threshold, bits + c / 8, ldb);

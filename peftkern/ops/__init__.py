@@ -3,6 +3,7 @@
 from peftkern.ops.bottleneck import bottleneck
 from peftkern.ops.column_scale import column_scale
 from peftkern.ops.low_rank import low_rank
+from peftkern.ops.multi_low_rank import multi_low_rank
 from peftkern.ops.prompt_concat import Prompted, prompt_concat
 
-__all__ = ["Prompted", "bottleneck", "column_scale", "low_rank", "prompt_concat"]
+__all__ = ["Prompted", "bottleneck", "column_scale", "low_rank", "multi_low_rank", "prompt_concat"]

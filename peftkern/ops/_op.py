@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import math
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,8 @@ def autograd(
 ) -> Callable[..., Any]:
     """Build the differentiable function of an op from its forward and backward.
 
-    `gradients(backward, ctx, *grads)` turns upstream gradients into one gradient per argument of `forward`.
+    `gradients(backward, ctx, *grads)` turns upstream gradients into one gradient per argument of `forward`; for an
+    argument that is a list of tensors (Tensor[]) into a list, and `ctx.needs_input_grad` has a list in its place.
     Eager calls go straight to an autograd function (a registered op costs tens of microseconds per call from Python);
     torch.compile sees `torch.ops.peftkern.<name>` and `<name>_backward`, opaque and with shapes known.
     """
@@ -69,27 +71,76 @@ def autograd(
     op_backward.register_fake(backward_fake)
     op.register_autograd(functools.partial(gradients, op_backward), setup_context=setup_context)
 
+    function = _function(name, forward, backward, setup_context, gradients)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if torch.is_grad_enabled() and requires_grad(*args):
+            lengths = tuple(len(arg) if _is_tensors(arg) else None for arg in args) if "Tensor[]" in schema else None
+            return function.apply(lengths, *(args if lengths is None else _flat(args, lengths)))  # type: ignore[no-untyped-call]
+        return forward(*args)
+
+    return call
+
+
+def _function(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    gradients: Callable[..., Any],
+) -> type[torch.autograd.Function]:
+    """The autograd function of the arguments behind `lengths`, whose lists of tensors it has been given one by one."""
+
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
+        def forward(ctx: Any, lengths: tuple[int | None, ...] | None, *flat: Any) -> Any:
+            args = flat if lengths is None else _nested(flat, lengths)
             output = forward(*args)
+            ctx.lengths = lengths
             setup_context(ctx, args, output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return gradients(backward, ctx, *grads)
+            lengths, needs = ctx.lengths, ctx.needs_input_grad
+            ctx.needs_input_grad = needs[1:] if lengths is None else _nested(needs[1:], lengths)
+            try:
+                found = gradients(backward, ctx, *grads)
+            finally:
+                ctx.needs_input_grad = needs
+            return (None, *(found if lengths is None else _flat(found, lengths)))
 
     Function.__name__ = Function.__qualname__ = name
+    return Function
 
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return op(*args)
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return Function.apply(*args)  # type: ignore[no-untyped-call]
-        return forward(*args)
 
-    return call
+def requires_grad(*args: Any) -> bool:
+    """Whether any of the tensors, lists of tensors looked into, requires grad."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if arg.requires_grad:
+                return True
+        elif isinstance(arg, (list, tuple)) and requires_grad(*arg):
+            return True
+    return False
+
+
+def _is_tensors(arg: Any) -> bool:
+    return isinstance(arg, list) and all(isinstance(item, Tensor) for item in arg)
+
+
+def _flat(args: Iterable[Any], lengths: Iterable[int | None]) -> list[Any]:
+    flat: list[Any] = []
+    for arg, length in zip(args, lengths, strict=True):
+        flat.extend([arg] if length is None else arg)
+    return flat
+
+
+def _nested(flat: Iterable[Any], lengths: Iterable[int | None]) -> tuple[Any, ...]:
+    items = iter(flat)
+    return tuple(next(items) if n is None else list(itertools.islice(items, n)) for n in lengths)
 
 
 def kernel(backend: str, op: str) -> dispatch.Backend:
@@ -101,19 +152,23 @@ def kernel(backend: str, op: str) -> dispatch.Backend:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _choose_constant(op: str, device: str, dtype: torch.dtype, _forced: str | None) -> str:
-    return dispatch.choose(op, torch.device(device), dtype)
+def _choose_constant(op: str, device: str, dtype: torch.dtype, grad: bool, _forced: str | None) -> str:
+    return dispatch.choose(op, torch.device(device), dtype, grad, M=_UNKNOWN_ROWS)
 
 
-def choose(op: str, x: Tensor, adapter: Tensor, **dims: int) -> str:
-    """Backend for x and an adapter weight.
+_UNKNOWN_ROWS = 1 << 30
+"""Sizes may be symbolic when compiling; a kernel that serves few rows alone is then not the one to take."""
+
+
+def choose(op: str, x: Tensor, adapter: Tensor, grad: bool = False, **dims: int) -> str:
+    """Backend for x and an adapter weight; `grad`: one that has a backward.
 
     When compiling, sizes may be symbolic, so that the choice rests on device and dtype alone.
     """
     dtype = adapter.dtype if adapter.dtype == torch.float64 else x.dtype
     if torch.compiler.is_compiling():
-        return str(_choose_constant(op, x.device.type, dtype, dispatch._forced))
-    return dispatch.choose(op, x.device, dtype, **dims)
+        return str(_choose_constant(op, x.device.type, dtype, grad, dispatch._forced))
+    return dispatch.choose(op, x.device, dtype, grad, **dims)
 
 
 def tracked() -> bool:

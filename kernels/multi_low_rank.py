@@ -1,0 +1,434 @@
+"""Triton backend of multi_low_rank: y += s_i * (drop(x) A_i^T) B_i^T, i chosen row by row, with backward.
+
+Rows are sorted by adapter on the device; a program takes a block of rows of one adapter, found from the adapters' row
+counts, and reads A_i and B_i at the addresses that the table holds (`peftkern.ops._adapters`). Nothing is gathered in
+memory, and the host never waits: as many programs are launched as there can be blocks at most, the surplus ends at once.
+
+forward   shrink pass over x (h), expand pass on y
+backward  shrink pass over dy (dh), expand pass on dx, one pass per gradient over the rows of each adapter in row splits,
+          summed in order: no atomics, so always the same bits
+Source of the method: Chen et al. 2023 (Punica, arXiv:2310.18547), section 4, for SGMV.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import Dropout, dot, dropout_args, keep_mask, precision, refuse_common, round_to, row_keys
+from ._device import Device, Source, device_of, launch, on_device, sources
+from ._launch import reduce_pass
+from ._tiles import Tile, tile
+
+_CELLS = 5  # columns of the table: address of A, address of B, rank, ranks before it, bits of the scale
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_BLOCK_M = 16
+
+
+def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
+    """Why this backend cannot run for x on `device` with `dtype` and sizes M, K, N; None when it can."""
+    return refuse_common(device, dtype, **dims)
+
+
+class _Rows(NamedTuple):
+    """Rows sorted by adapter: `order` [M] row numbers, `ends` [G] where each adapter's rows end; those of none last."""
+
+    order: Tensor
+    ends: Tensor
+
+
+def _sorted_rows(index: Tensor, rows: int, count: int) -> _Rows:
+    per_entry = rows // index.numel()
+    whole = index if per_entry == 1 else index.repeat_interleave(per_entry, output_size=rows)
+    # Rows without an adapter, or with one that does not exist, go behind all others.
+    whole = torch.where((whole >= 0) & (whole < count), whole, count)
+    ranked, order = torch.sort(whole, stable=True)
+    return _Rows(order, torch.searchsorted(ranked, torch.arange(count, device=index.device), right=True))
+
+
+class _Call(NamedTuple):
+    """What the passes of one call share."""
+
+    cells: Tensor
+    rows: _Rows
+    most: int
+    ranks: int
+    weights: torch.dtype
+    aligned: bool
+
+
+def forward(
+    x: Tensor, cells: Tensor, index: Tensor, y: Tensor, most: int, ranks: int, dtype: int, aligned: bool, p: float,
+    seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """y [M, N] += s_i h b_i^T in place -> h = drop(x) a_i^T [M, most] f32 (with dropout's 1 / (1 - p), without s_i)."""
+    drop = dropout_args(p, seed)
+    with on_device(x):
+        call = _call(x, cells, index, most, ranks, dtype, aligned)
+        products = precision(x.dtype, call.weights)
+        h = _shrink(x, call, 0, False, drop, products.wide)
+        _expand(h, y, call, 1, True, dropout_args(0.0, None), products.narrow)
+    return h
+
+
+def backward(
+    dy: Tensor, x: Tensor, cells: Tensor, index: Tensor, h: Tensor, dx: Tensor | None, most: int, ranks: int,
+    dtype: int, aligned: bool, p: float, seed: Tensor | None, need_a: bool, need_b: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx [M, K] += drop(dh a_i) in place -> all da_i = dh^T drop(x) [R_i, K], all db_i = s_i dy^T h [N, R_i], flat f32.
+
+    dh = s_i dy b_i. What is not needed is empty.
+    """
+    drop, plain = dropout_args(p, seed), dropout_args(0.0, None)
+    none = torch.empty(0, dtype=torch.float32, device=x.device)
+    da, db = none, none
+    with on_device(x):
+        call = _call(x, cells, index, most, ranks, dtype, aligned)
+        products = precision(x.dtype, call.weights)
+        if need_b:
+            db = _gradient(dy, h, call, plain, products.wide, transposed=True)
+        if need_a or dx is not None:
+            dh = _shrink(dy, call, 1, True, plain, products.wide)
+            if need_a:
+                da = _gradient(x, dh, call, drop, products.wide, transposed=False)
+            if dx is not None:
+                _expand(dh, dx, call, 0, False, drop, products.narrow)
+    return da, db
+
+
+def _call(
+    x: Tensor, cells: Tensor, index: Tensor, most: int, ranks: int, dtype: int, aligned: bool
+) -> _Call:
+    rows = _sorted_rows(index, x.shape[0], cells.shape[0])
+    return _Call(cells, rows, most, ranks, _DTYPES[dtype], aligned)
+
+
+@triton.jit
+def _find_block(ends_ptr, block, G, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(adapter, first place, end of its places) of a block of sorted rows; adapter G where there is no such block.
+
+    Adapter i has ceil(rows of i / BLOCK_M) blocks, one adapter's behind the other's.
+    """
+    adapters = tl.arange(0, BLOCK_G)
+    ends = tl.load(ends_ptr + adapters, mask=adapters < G, other=0)
+    starts = tl.load(ends_ptr + adapters - 1, mask=(adapters > 0) & (adapters < G), other=0)
+    blocks = tl.where(adapters < G, (ends - starts + BLOCK_M - 1) // BLOCK_M, 0)
+    upto = tl.cumsum(blocks, axis=0)
+    adapter = tl.sum(((upto <= block) & (adapters < G)).to(tl.int32), axis=0)
+    mine = adapters == adapter
+    before = tl.sum(tl.where(mine, upto - blocks, 0), axis=0)
+    start = tl.sum(tl.where(mine, starts, 0), axis=0) + (block - before) * BLOCK_M
+    return adapter, start, tl.sum(tl.where(mine, ends, 0), axis=0)
+
+
+@triton.jit
+def _weight_tile(
+    cell_ptr,
+    offs_r,
+    offs_c,
+    R,
+    C,
+    MATRIX: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """[BLOCK_R, BLOCK_C] tile of A_i [R, C] (MATRIX 0), or of B_i^T from B_i [C, R] (MATRIX 1, BY_COLUMN)."""
+    address = tl.load(cell_ptr + MATRIX)
+    if TYPE == "bf16":
+        base = address.to(tl.pointer_type(tl.bfloat16))
+    elif TYPE == "fp16":
+        base = address.to(tl.pointer_type(tl.float16))
+    else:
+        base = address.to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+    if BY_COLUMN:
+        at = offs_c.to(tl.int64)[None, :] * R + offs_r[:, None]
+    else:
+        at = offs_r.to(tl.int64)[:, None] * C + offs_c[None, :]
+    return tl.load(base + at, mask=(offs_r < R)[:, None] & (offs_c < C)[None, :], other=0.0)
+
+
+@triton.jit
+def _scale(cell_ptr):
+    return tl.load(cell_ptr + 4).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def shrink_kernel(
+    x_ptr,
+    cells_ptr,
+    order_ptr,
+    ends_ptr,
+    out_ptr,
+    seed_ptr,
+    M,
+    C,
+    G,
+    MOST,
+    stride_xm,
+    inv_keep,
+    threshold,
+    MATRIX: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TYPE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """out[m, r] = f * sum_c drop(x)[m, c] w_i[r, c], f32; f = s_i for the transposed B_i, else dropout's 1 / (1 - p)."""
+    adapter, start, end = _find_block(ends_ptr, tl.program_id(0), G, BLOCK_M, BLOCK_G)
+    if adapter < G:
+        cell_ptr = cells_ptr + adapter * 5
+        R = tl.load(cell_ptr + 2).to(tl.int32)
+        offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        places = start + tl.arange(0, BLOCK_M)
+        rows = tl.load(order_ptr + places, mask=places < end, other=0)
+        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        if DROPOUT:
+            key1, key2 = row_keys(seed_ptr, rows)
+        if tl.program_id(1) * BLOCK_R < R:
+            for block in range(0, tl.cdiv(C, BLOCK_C)):
+                offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+                mask = (places < end)[:, None] & (offs_c < C)[None, :]
+                x = tl.load(x_ptr + rows[:, None] * stride_xm + offs_c[None, :], mask=mask, other=0.0)
+                w = _weight_tile(cell_ptr, offs_r, offs_c, R, C, MATRIX, BY_COLUMN, ALIGNED, TYPE)
+                if DROPOUT:
+                    x = tl.where(keep_mask(key1, key2, offs_c, threshold), x, 0.0)
+                acc = dot(x, tl.trans(w), acc, PRECISION)
+        if BY_COLUMN:
+            acc *= _scale(cell_ptr)
+        else:
+            acc *= inv_keep
+        # Zeros from R to MOST: what is saved has one width for all adapters.
+        mask = (places < end)[:, None] & (offs_r < MOST)[None, :]
+        tl.store(out_ptr + rows[:, None] * MOST + offs_r[None, :], acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def expand_kernel(
+    h_ptr,
+    cells_ptr,
+    order_ptr,
+    ends_ptr,
+    out_ptr,
+    seed_ptr,
+    M,
+    C,
+    G,
+    MOST,
+    inv_keep,
+    threshold,
+    MATRIX: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TYPE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """out[m, c] += drop(f * sum_r h[m, r] w_i[r, c]), f = s_i for the transposed B_i, else 1; out is contiguous."""
+    adapter, start, end = _find_block(ends_ptr, tl.program_id(0), G, BLOCK_M, BLOCK_G)
+    if adapter < G:
+        cell_ptr = cells_ptr + adapter * 5
+        R = tl.load(cell_ptr + 2).to(tl.int32)
+        offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        places = start + tl.arange(0, BLOCK_M)
+        rows = tl.load(order_ptr + places, mask=places < end, other=0)
+        mask = (places < end)[:, None] & (offs_c < C)[None, :]
+        out_tile = out_ptr + rows[:, None] * C + offs_c[None, :]
+        out = tl.load(out_tile, mask=mask, other=0.0)
+        acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+        for r in range(0, R, BLOCK_R):
+            offs_r = r + tl.arange(0, BLOCK_R)
+            h_mask = (places < end)[:, None] & (offs_r < R)[None, :]
+            h = tl.load(h_ptr + rows[:, None] * MOST + offs_r[None, :], mask=h_mask, other=0.0)
+            w = _weight_tile(cell_ptr, offs_r, offs_c, R, C, MATRIX, BY_COLUMN, ALIGNED, TYPE)
+            acc = dot(h, w, acc, PRECISION)
+        if BY_COLUMN:
+            acc *= _scale(cell_ptr)
+        if DROPOUT:
+            key1, key2 = row_keys(seed_ptr, rows)
+            acc = tl.where(keep_mask(key1, key2, offs_c, threshold), acc * inv_keep, 0.0)
+        acc += out.to(tl.float32)
+        tl.store(out_tile, round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["size", "splits", "threshold"])
+def gradient_kernel(
+    src_ptr,
+    g_ptr,
+    cells_ptr,
+    order_ptr,
+    ends_ptr,
+    grad_ptr,
+    seed_ptr,
+    C,
+    MOST,
+    stride_srcm,
+    size,
+    splits,
+    inv_keep,
+    threshold,
+    BY_COLUMN: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCKS_R: tl.constexpr,
+):
+    """grad_i[r, c] = f * sum over one split of the rows m of adapter i of g[m, r] drop(src)[m, c], at split * size.
+
+    BY_COLUMN: grad_i is [C, R] and f = s_i; else [R, C] and f = 1 / (1 - p). An adapter without rows gets zeros.
+    """
+    adapter = tl.program_id(1) // BLOCKS_R
+    block_r = tl.program_id(1) % BLOCKS_R
+    cell_ptr = cells_ptr + adapter * 5
+    R = tl.load(cell_ptr + 2).to(tl.int32)
+    if block_r * BLOCK_R < R:
+        offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+        offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
+        start = tl.load(ends_ptr + adapter - 1, mask=adapter > 0, other=0)
+        end = tl.load(ends_ptr + adapter)
+        per_split = tl.cdiv(tl.cdiv(end - start, BLOCK_M), splits) * BLOCK_M
+        first = start + tl.program_id(2) * per_split
+        last = tl.minimum(first + per_split, end)
+        acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for place in range(first, last, BLOCK_M):
+            places = place + tl.arange(0, BLOCK_M)
+            rows = tl.load(order_ptr + places, mask=places < last, other=0)
+            mask = (places < last)[:, None] & (offs_c < C)[None, :]
+            src = tl.load(src_ptr + rows[:, None] * stride_srcm + offs_c[None, :], mask=mask, other=0.0)
+            g_mask = (places < last)[:, None] & (offs_r < R)[None, :]
+            g = tl.load(g_ptr + rows[:, None] * MOST + offs_r[None, :], mask=g_mask, other=0.0)
+            if DROPOUT:
+                key1, key2 = row_keys(seed_ptr, rows)
+                src = tl.where(keep_mask(key1, key2, offs_c, threshold), src, 0.0)
+            acc = dot(tl.trans(g), src, acc, PRECISION)
+        at = tl.program_id(2).to(tl.int64) * size + tl.load(cell_ptr + 3) * C
+        if BY_COLUMN:
+            acc *= _scale(cell_ptr)
+            at += offs_c.to(tl.int64)[None, :] * R + offs_r[:, None]
+        else:
+            acc *= inv_keep
+            at += offs_r.to(tl.int64)[:, None] * C + offs_c[None, :]
+        tl.store(grad_ptr + at, acc, mask=(offs_r < R)[:, None] & (offs_c < C)[None, :])
+
+
+def _tile(name: str, call: _Call, rows: int, precision: str, device: Device) -> Tile:
+    """The pass's tile, and no taller than the adapters' share of the rows."""
+    t = tile(name, precision, call.most, device.arch)
+    share = triton.next_power_of_2(max(1, -(-rows // call.cells.shape[0])))
+    return t._replace(block_m=max(_BLOCK_M, min(t.block_m, share)))
+
+
+def _blocks(rows: int, call: _Call, block_m: int) -> int:
+    """The most blocks that the rows can fall into: one more for each adapter that has a block that is not full."""
+    count = min(call.cells.shape[0], rows)
+    return (rows - count) // block_m + count
+
+
+def _shrink(x: Tensor, call: _Call, matrix: int, by_column: bool, drop: Dropout, precision: str) -> Tensor:
+    (m, c), count = x.shape, call.cells.shape[0]
+    t = _tile("row", call, m, precision, device_of(x))
+    out = torch.zeros((m, call.most), dtype=torch.float32, device=x.device)
+    launch(
+        shrink_kernel, (_blocks(m, call, t.block_m), triton.cdiv(call.most, t.block_r)),
+        x, call.cells, call.rows.order, call.rows.ends, out, drop.seed, m, c, count, call.most, x.stride(0),
+        drop.inv_keep, drop.threshold,
+        MATRIX=matrix, BY_COLUMN=by_column, ALIGNED=call.aligned, TYPE=_TYPES[call.weights], DROPOUT=drop.enabled,
+        PRECISION=precision, BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r,
+        BLOCK_G=triton.next_power_of_2(count), num_warps=t.num_warps, num_stages=t.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def _expand(
+    h: Tensor, out: Tensor, call: _Call, matrix: int, by_column: bool, drop: Dropout, precision: str
+) -> None:
+    (m, c), count = out.shape, call.cells.shape[0]
+    t = _tile("expand", call, m, precision, device_of(out))
+    launch(
+        expand_kernel, (_blocks(m, call, t.block_m), triton.cdiv(c, t.block_c)),
+        h, call.cells, call.rows.order, call.rows.ends, out, drop.seed, m, c, count, call.most,
+        drop.inv_keep, drop.threshold,
+        MATRIX=matrix, BY_COLUMN=by_column, ALIGNED=call.aligned, TYPE=_TYPES[call.weights], DROPOUT=drop.enabled,
+        PRECISION=precision, BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r,
+        BLOCK_G=triton.next_power_of_2(count), num_warps=t.num_warps, num_stages=t.num_stages,
+    )  # fmt: skip
+
+
+def _gradient(src: Tensor, g: Tensor, call: _Call, drop: Dropout, precision: str, transposed: bool) -> Tensor:
+    (m, c), count, device = src.shape, call.cells.shape[0], device_of(src)
+    t = _tile("column", call, m, precision, device)
+    blocks_c, blocks_r = triton.cdiv(c, t.block_c), triton.cdiv(call.most, t.block_r)
+    # As in `_launch.Gradients`: partials cost at most half of reading src, and the programs fill the device.
+    affordable = m * src.element_size() // (16 * t.block_r * count)
+    splits = max(1, min(2 * device.processors // (blocks_c * count), triton.cdiv(m, t.block_m) // 2, affordable))
+    size = call.ranks * c
+    partial = torch.empty((splits, size), dtype=torch.float32, device=src.device)
+    launch(
+        gradient_kernel, (blocks_c, count * blocks_r, splits),
+        src, g, call.cells, call.rows.order, call.rows.ends, partial, drop.seed, c, call.most, src.stride(0), size,
+        splits, drop.inv_keep, drop.threshold,
+        BY_COLUMN=transposed, DROPOUT=drop.enabled, PRECISION=precision,
+        BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r, BLOCKS_R=blocks_r,
+        num_warps=t.num_warps, num_stages=t.num_stages,
+    )  # fmt: skip
+    if splits == 1:
+        return partial[0]
+    out = torch.empty(size, dtype=torch.float32, device=src.device)
+    reduce_pass(partial, [out])
+    return out
+
+
+def aot_sources(device: Device) -> Iterator[Source]:
+    """Kernel variants to compile ahead of time: ranks, dtypes, dropout, few and many rows, odd sizes."""
+    return sources(device, _aot_calls())
+
+
+def _aot_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    cases = [
+        (8192, 4096, 4096, 16, 16, bf16, bf16, 0.1),
+        (8192, 4096, 4096, 16, 16, bf16, f32, 0.1),
+        (8192, 4096, 4096, 8, 64, bf16, bf16, 0.1),
+        (8192, 4096, 4096, 8, 64, bf16, f32, 0.0),
+        (8192, 4096, 4096, 4, 128, bf16, bf16, 0.0),
+        (2048, 768, 768, 16, 8, f32, f32, 0.1),
+        (64, 4096, 4096, 32, 16, bf16, bf16, 0.0),
+        (64, 4096, 4096, 32, 16, f16, f32, 0.0),
+        (7, 33, 29, 3, 5, bf16, bf16, 0.1),
+    ]
+    for m, k, n, count, r, dtype, weights, p in cases:
+        name = f"multi_low_rank {m}x{k}-{n} {count} of r{r} {dtype} {weights} p{p}".replace("torch.", "")
+        yield name, functools.partial(_aot_call, m, k, n, count, r, dtype, weights, p)
+
+
+def _aot_call(
+    m: int, k: int, n: int, count: int, r: int, dtype: torch.dtype, weights: torch.dtype, p: float
+) -> None:
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    cells, index = meta(count, _CELLS, dtype=torch.int64), meta(m, dtype=torch.int64)
+    seed = meta(1, dtype=torch.int64) if p else None
+    sizes = (r, count * r, _DTYPES.index(weights), k % 16 == 0 and n % 16 == 0)
+    h = forward(meta(m, k), cells, index, meta(m, n), *sizes, p, seed)
+    backward(meta(m, n), meta(m, k), cells, index, h, meta(m, k), *sizes, p, seed, True, True)

@@ -1,0 +1,330 @@
+"""Low-rank updates of many adapters in one batch: y = base(x) + s_i · B_i(A_i · drop(x)), i chosen row by row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftkern.ops._adapters import table
+from peftkern.ops._op import Op, autocast_dtype, autograd, choose, kernel, requires_grad, rows
+from peftkern.ops.dropout import check_probability, dropout, new_seed
+
+
+def reference(
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    index: Tensor,
+    *,
+    scales: Sequence[float],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    base_out: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """base + s_i · (drop(x) A_iᵀ) B_iᵀ with i = index, in x's dtype; base is x Wᵀ + bias, `base_out`, or nothing.
+
+    x [..., K] · a G tensors [R_i, K] · b G tensors [N, R_i] · index int64, -1 for no adapter, of the shape of x's
+    leading dimensions or of the first of them: [B] for x [B, S, K] is one adapter per sequence · scales G numbers
+    · weight [N, K] · bias [N] · base_out [..., N] -> [..., N]. Ranks may differ. dtypes as in `low_rank`.
+    Source: Hu et al. 2021 (arXiv:2106.09685), eq. 3, for each row; batched as in Chen et al. 2023 (Punica,
+    arXiv:2310.18547). The oracle: never optimise it.
+    """
+    _check(x, a, b, index, scales, weight, bias, base_out)
+    compute = torch.promote_types(x.dtype, a[0].dtype)
+    n, k = b[0].shape[0], x.shape[-1]
+    chosen = index.reshape(*index.shape, *[1] * (x.dim() - 1 - index.dim())).expand(x.shape[:-1]).reshape(-1, 1)
+    dropped = dropout(x.to(compute), p, seed).reshape(-1, k) if k else x.new_zeros(chosen.shape[0], 0, dtype=compute)
+    delta = dropped.new_zeros(dropped.shape[0], n)
+    for i, scale in enumerate(scales):
+        # A NaN in a row of one adapter stays out of the others' gradients.
+        hidden = torch.where(chosen == i, dropped, 0.0) @ a[i].to(compute).T
+        delta = torch.where(chosen == i, scale * (hidden @ b[i].to(compute).T), delta)
+    delta = delta.view(*x.shape[:-1], n)
+    if weight is not None:
+        base_out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return delta.to(x.dtype) if base_out is None else (base_out + delta.to(base_out.dtype))
+
+
+def multi_low_rank(
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    index: Tensor,
+    *,
+    scales: Sequence[float],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    base_out: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Fused base + s_i · (drop(x) A_iᵀ) B_iᵀ, i = index; arguments and result as `reference`.
+
+    The base is computed for the whole batch at once, each A_i and B_i is read where it stands: nothing is gathered per
+    row, stacked or padded. An adapter without rows gets zero gradients. `weight` and `base_out` as in `low_rank`; the
+    mask of dropout is that of `low_rank` for the same seed. Saves x, h = drop(x) A_iᵀ [M, largest R] in f32 and the
+    seed. An index outside [-1, G) raises on the CPU; on a GPU, which is not waited for, it counts as no adapter.
+    Raises ValueError for shapes that do not chain, for no adapter at all and for p outside [0, 1).
+    """
+    _check(x, a, b, index, scales, weight, bias, base_out)
+    check_probability(p)
+    x = x.to(autocast_dtype(x))
+    if p > 0.0 and seed is None:
+        seed = new_seed(x.device)
+    if weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        base_out, weight, bias = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None, None
+    sizes = {"M": math.prod(x.shape[:-1]), "K": x.shape[-1], "N": b[0].shape[0]}
+    grad = torch.is_grad_enabled() and requires_grad(x, a, b, base_out)
+    backend = choose("multi_low_rank", x, a[0], grad, **sizes)
+    if backend == "reference" or min(x.shape[-1], b[0].shape[0], *[t.shape[0] for t in a]) == 0:
+        return reference(
+            x, a, b, index, scales=scales, weight=weight, bias=bias, base_out=base_out, p=p, seed=seed
+        )
+    a, b = _of_one_dtype(a, b)
+    numbers = [float(scale) for scale in scales]
+    y: Tensor = _differentiable(x, a, b, index, weight, bias, base_out, numbers, p, seed, backend)[0]
+    return y
+
+
+def _of_one_dtype(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Contiguous, and in the widest of their dtypes: a kernel is made for one."""
+    first, same = a[0].dtype, True
+    for t in (*a, *b):
+        same = same and t.dtype == first and t.is_contiguous()
+    if same:
+        return list(a), list(b)
+    wide = first
+    for t in (*a, *b):
+        wide = torch.promote_types(wide, t.dtype)
+    return [t.to(wide).contiguous() for t in a], [t.to(wide).contiguous() for t in b]
+
+
+def _forward(
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    index: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_out: Tensor | None,
+    scales: list[float],
+    p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    x2, n = rows(x), b[0].shape[0]
+    if weight is not None:
+        y = F.linear(x2, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    elif base_out is None:
+        y = x.new_zeros(x2.shape[0], n)
+    else:
+        y = base_out.to(x.dtype).reshape(x2.shape[0], -1).clone(memory_format=torch.contiguous_format)
+    shape, adapters = (*x.shape[:-1], n), table(a, b, scales)
+    if x2.shape[0] == 0:
+        return y.view(shape), x.new_empty(0, adapters.sizes[0], dtype=torch.float32)
+    h = kernel(backend, "multi_low_rank").forward(
+        x2, adapters.cells, index.reshape(-1), y, *adapters.sizes, p, seed
+    )
+    return y.view(shape), h
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    index: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    scales: list[float],
+    p: float,
+    seed: Tensor | None,
+    backend: str,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    dy2, x2 = rows(dy), rows(x)
+    dx: Tensor | None = None
+    if need_x:
+        dx = x.new_zeros(x2.shape) if weight is None else torch.mm(dy2, weight.to(dy.dtype))
+    das = [torch.empty_like(t) for t in a] if need_a else []
+    dbs = [torch.empty_like(t) for t in b] if need_b else []
+    if x2.shape[0] == 0:
+        torch._foreach_zero_(das + dbs) if das or dbs else None
+    else:
+        adapters = table(a, b, scales)
+        da, db = kernel(backend, "multi_low_rank").backward(
+            dy2, x2, adapters.cells, index.reshape(-1), h, dx, *adapters.sizes, p, seed, need_a, need_b
+        )
+        for flat, parts in ((da, das), (db, dbs)):
+            if parts:
+                pieces = flat.split([t.numel() for t in parts])
+                torch._foreach_copy_([t.view(-1) for t in parts], list(pieces))
+    return x.new_empty(0) if dx is None else dx.view(x.shape), das, dbs
+
+
+def _fake(
+    x: Tensor, a: list[Tensor], b: list[Tensor], index: Any, weight: Any, bias: Any, base_out: Any,
+    scales: Any, p: Any, seed: Any, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    h = x.new_empty(math.prod(x.shape[:-1]), max(t.shape[0] for t in a), dtype=torch.float32)
+    return x.new_empty(*x.shape[:-1], b[0].shape[0]), h
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], index: Any, h: Any, weight: Any,
+    scales: Any, p: Any, seed: Any, backend: str, need_x: bool, need_a: bool, need_b: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else x.new_empty(0)
+    das, dbs = ([torch.empty_like(t) for t in group] if need else [] for group, need in ((a, need_a), (b, need_b)))
+    return dx, das, dbs
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, a, b, index, weight, _bias, base_out, ctx.scales, ctx.p, seed, ctx.backend = inputs
+    ctx.base_dtype = None if base_out is None else base_out.dtype
+    ctx.count = len(a)
+    ctx.save_for_backward(x, index, output[1], weight, seed, *a, *b)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(backward: Any, ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Any, ...]:
+    none: list[Tensor | None] = [None] * ctx.count
+    if dy is None:
+        return (None, none, none, *[None] * 8)
+    x, index, h, weight, seed, *adapters = ctx.saved_tensors
+    a, b = adapters[: ctx.count], adapters[ctx.count :]
+    need_x, needs_a, needs_b = ctx.needs_input_grad[:3]
+    dx, das, dbs = backward(
+        dy, x, a, b, index, h, weight, ctx.scales, ctx.p, seed, ctx.backend, need_x, any(needs_a), any(needs_b)
+    )
+    d_base = dy.to(ctx.base_dtype) if ctx.needs_input_grad[6] else None
+    return (
+        dx if need_x else None,
+        [grad if need else None for grad, need in zip(das or none, needs_a, strict=True)],
+        [grad if need else None for grad, need in zip(dbs or none, needs_b, strict=True)],
+        None,
+        None,
+        None,
+        d_base,
+        *[None] * 4,
+    )
+
+
+_differentiable = autograd(
+    "multi_low_rank",
+    "(Tensor x, Tensor[] a, Tensor[] b, Tensor index, Tensor? weight, Tensor? bias, Tensor? base_out, float[] scales, "
+    "float p, Tensor? seed, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+    "(Tensor dy, Tensor x, Tensor[] a, Tensor[] b, Tensor index, Tensor h, Tensor? weight, float[] scales, float p, "
+    "Tensor? seed, str backend, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor[], Tensor[])",
+    _backward,
+    _backward_fake,
+    _setup_context,
+    _gradients,
+)
+
+
+def _check(
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    index: Tensor,
+    scales: Sequence[float],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_out: Tensor | None,
+) -> None:
+    if not len(a) == len(b) == len(scales) or not a:
+        raise ValueError(f"{len(a)} a, {len(b)} b, {len(scales)} scales: want as many of each, and at least one")
+    k, n = x.shape[-1] if x.dim() else 0, b[0].shape[0] if b[0].dim() else 0
+    for i, (one, two) in enumerate(zip(a, b, strict=True)):
+        if one.dim() != 2 or two.dim() != 2 or one.shape[1] != k or two.shape[0] != n or one.shape[0] != two.shape[1]:
+            raise ValueError(
+                f"x {tuple(x.shape)}, a[{i}] {tuple(one.shape)}, b[{i}] {tuple(two.shape)}: want x [..., K], "
+                f"a [R, K], b [N, R] with one K and one N = {n}"
+            )
+    lead = x.shape[:-1]
+    if index.dtype != torch.int64 or index.dim() == 0 or index.shape != lead[: index.dim()]:
+        raise ValueError(
+            f"index {index.dtype} {tuple(index.shape)}: want int64 in the shape of x's leading dimensions {tuple(lead)} "
+            "or of the first of them"
+        )
+    if weight is not None and weight.shape != (n, k):
+        raise ValueError(f"weight {tuple(weight.shape)}: want [N, K] = {(n, k)}")
+    if bias is not None and (weight is None or bias.shape != (n,)):
+        raise ValueError(f"bias {tuple(bias.shape)}: want [N] = {(n,)}, together with weight")
+    if base_out is not None and (weight is not None or base_out.shape != (*lead, n)):
+        raise ValueError(f"base_out {tuple(base_out.shape)}: want {(*lead, n)}, without weight")
+
+
+def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Cases for tests and benchmarks: (readable id, keyword arguments of `OP`, adapters as a0, b0, a1, b1, ...)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int, dt: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dt)
+
+    def case(
+        lead: tuple[int, ...], k: int, n: int, ranks: list[int], index: list[int], adapter: torch.dtype = dtype
+    ) -> dict[str, Any]:
+        made: dict[str, Any] = {"x": rand(*lead, k), "index": torch.tensor(index, dtype=torch.int64, device=device), "weight": rand(n, k) / k**0.5}
+        for i, r in enumerate(ranks):
+            made |= {f"a{i}": rand(r, k, dt=adapter) / k**0.5, f"b{i}": rand(n, r, dt=adapter) / r**0.5}
+        return made | {"scales": [0.5 + i for i in range(len(ranks))]}
+
+    seed = torch.tensor([1234567890123], device=device)
+    yield "decode-unsorted", case((7,), 33, 29, [5, 8, 1, 3], [2, 0, -1, 1, 0, 2, 2])
+    yield "per-sequence-bias", case((4, 5), 64, 50, [16, 4], [1, 0, -1, 1]) | {"bias": rand(50)}
+    yield "dropout-ranks-1-to-70", case((5, 9), 130, 70, [1, 70, 8], [2, 1, 0, 1, 2]) | {"p": 0.3, "seed": seed}
+    yield "sorted", case((6,), 17, 19, [2, 3], [0, 0, 0, 1, 1, 1])
+    yield "an-adapter-without-rows", case((4,), 24, 40, [4, 4, 7], [2, 0, 0, -1])
+    yield "no-rows-at-all", case((3, 2), 24, 40, [4, 7], [-1, -1, -1])
+    yield "one-row-r1", case((1,), 16, 16, [1], [0])
+    yield "zero-rows", case((0,), 16, 16, [4, 2], [])
+    many = torch.randint(-1, 3, (131,), generator=generator).tolist()
+    yield "many-rows-unsorted", case((131,), 96, 100, [8, 21, 3], many) | {"p": 0.1, "seed": seed}
+    yield "many-rows", case((3, 60), 100, 48, [8, 33], [1, 0, 1])
+    yield "evenly-spaced", case((100,), 40, 24, [4, 6], [0, 1] * 50)
+    if dtype in (torch.bfloat16, torch.float16):
+        yield "f32-adapters", case((3, 5), 72, 40, [8, 8], [1, -1, 0], torch.float32)
+        dropped = {"p": 0.1, "seed": seed}
+        yield "f32-adapters-many-rows", case((4, 55), 72, 40, [8, 5], [1, -1, 0, 1], torch.float32) | dropped
+    strided = case((6,), 40, 24, [4, 9], [1, 0, 1, -1, 0, 0])
+    yield "strided", strided | {"x": rand(6, 80)[:, ::2]}
+    yield "row-strided", strided | {"x": rand(6, 80)[:, :40]}
+    without = case((6, 3), 24, 40, [4, 9], [1, 0, 1, -1, 0, 0])
+    del without["weight"]
+    yield "update-only", without
+    yield "onto-base", without | {"base_out": rand(6, 3, 40), "p": 0.2, "seed": seed}
+    per_token = torch.randint(-1, 2, (6, 3), generator=generator).to(device)
+    yield "per-token", without | {"index": per_token, "base_out": rand(6, 3, 40)}
+
+
+def _with_lists(x: Tensor, index: Tensor, scales: Sequence[float], tensors: dict[str, Any]) -> tuple[Any, ...]:
+    a, b = ([tensors.pop(f"{kind}{i}") for i in range(len(scales))] for kind in "ab")
+    return x, a, b, index
+
+
+def _run(*, x: Tensor, index: Tensor, scales: Sequence[float], **tensors: Any) -> Tensor:
+    return multi_low_rank(*_with_lists(x, index, scales, tensors), scales=scales, **tensors)
+
+
+def _reference(*, x: Tensor, index: Tensor, scales: Sequence[float], **tensors: Any) -> Tensor:
+    return reference(*_with_lists(x, index, scales, tensors), scales=scales, **tensors)
+
+
+OP = Op(
+    "multi_low_rank", _run, _reference, samples, frozen=("weight", "bias"), rows=("x", "index", "base_out"),
+    compiled=("per-sequence-bias", "dropout-ranks-1-to-70", "onto-base"),
+)  # fmt: skip
