@@ -24,6 +24,7 @@ from peftkern.checkpoint import load, save
 from peftkern.dispatch import explain, use_backend
 from peftkern.hf import PeftConfig, PeftModel, TaskType, fuse, get_peft_model, unfuse
 from peftkern.memory import trainable
+from peftkern.mixing import mixed
 from peftkern.registry import methods
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "merge",
     "merge_and_unload",
     "methods",
+    "mixed",
     "ops",
     "registry",
     "save",

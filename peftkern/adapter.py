@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from peftkern import targets
+from peftkern import rows, targets
 from peftkern.base import BaseLayer
 from peftkern.errors import ConfigError, MergeError, near
 
@@ -199,6 +199,20 @@ class LayerAdapter(Method, nn.Module):
         """The base weight [N, K] and bias [N], in f32 or wider, with the adapter folded in."""
         return weight + self.delta_weight().to(weight.dtype), bias
 
+    def mixed_key(self) -> Hashable:
+        """Adapters of one module with the same key run together in a batch that mixes them, through `forward_mixed`.
+
+        None, the default: each runs its own forward on its own rows.
+        """
+        return None
+
+    @classmethod
+    def forward_mixed(
+        cls, adapters: Sequence[Any], index: Tensor, base: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Tensor:
+        """The output for x [B, ...] whose row m goes through adapters[index[m]], and only through base where -1."""
+        raise TypeError(f"{cls.__name__} has a mixed_key and does not override forward_mixed")
+
     def state_keys(self) -> dict[str, nn.Parameter]:
         """Checkpoint name -> parameter."""
         return _state_keys(self, self.name, self.keys)
@@ -244,6 +258,7 @@ class AdaptedModule(nn.Module):
     """Stands where the target stood: the base module, its adapters by name, and which of them are active.
 
     Several active adapters are nested in the order of activation: the base that a later one sees holds the earlier.
+    In a mixed batch (`batch.rows`) each row goes through the one adapter that it names, whatever is active.
     """
 
     def __init__(self, base_layer: nn.Module, path: str) -> None:
@@ -253,10 +268,14 @@ class AdaptedModule(nn.Module):
         self.base = BaseLayer(base_layer, path)
         self.active: tuple[str, ...] = ()
         self.unmerged: dict[str, nn.Parameter] | None = None
+        self.batch = rows.Batch()
         self.train(base_layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """The base's output with every active adapter applied."""
+        mixed = self.batch.rows
+        if mixed is not None:
+            return rows.forward(self, mixed, x)
         call: Callable[[Tensor], Tensor] = self.base
         if self.unmerged is None:
             for name in self.active:
@@ -319,7 +338,8 @@ class _Adapted:
 class InputTap(nn.Module):
     """Remembers the input of one module until the adapters that read it have run. Used as a forward pre-hook.
 
-    `readers` is how many active adapters read it in each forward.
+    `readers` is how many active adapters read it in each forward. In a batch that mixes adapters a reader is given the
+    rows `places`, and whoever ends the batch forgets the value.
     """
 
     def __init__(self) -> None:
@@ -327,16 +347,21 @@ class InputTap(nn.Module):
         self.value: Tensor | None = None
         self.readers = 0
         self.left = 0
+        self.batch = rows.Batch()
+        self.places: Tensor | None = None
 
     def hook(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         """Keep the first positional argument, while an active adapter wants it."""
-        self.value, self.left = (args[0], self.readers) if self.readers else (None, 0)
+        wanted = self.readers or self.batch.rows is not None
+        self.value, self.left = (args[0], self.readers) if wanted else (None, 0)
 
     def take(self) -> Tensor:
         """The remembered input, once for each reader; then it is forgotten, so that it does not outlive the forward."""
         value = self.value
         if value is None:
             raise RuntimeError("the module whose input this adapter reads has not run before it")
+        if self.places is not None:
+            return value.index_select(0, self.places)
         self.left -= 1
         if self.left == 0:
             self.value = None

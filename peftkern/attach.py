@@ -13,6 +13,7 @@ from peftkern import frozen, prompting, registry, targets
 from peftkern.adapter import AdaptedModule, AdapterConfig, InputTap, LayerAdapter, PromptAdapter, Selection
 from peftkern.base import BaseLayer, adapter_dtype
 from peftkern.errors import AdapterError, ConfigError, MergeError, TargetError, near
+from peftkern.rows import Batch
 from peftkern.selection import SelectedParameters
 
 M = TypeVar("M", bound=nn.Module)
@@ -34,6 +35,7 @@ class Attachment(nn.Module):
         self.hooks: prompting.PromptHooks | None = None
         self.plan: frozen.FrozenPrefix | None = None
         self.tap_handles: dict[str, Any] = {}
+        self.batch = Batch()
         self.required_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def forward(self, *args: Any) -> Any:
@@ -118,6 +120,7 @@ class Plan:
         attachment = _state(model)
         for path, adapter in self.layers.items():
             module = _wrapper(model, path)
+            module.batch = attachment.batch
             module.adapters[name] = adapter.train(module.training)
             if path in self.sources:
                 _tap(model, attachment, self.sources[path], adapter)
@@ -153,6 +156,7 @@ def attach(model: M, config: AdapterConfig, name: str = "default") -> M:
 def detach(model: M, name: str = "default") -> M:
     """Remove an adapter; removing the last one restores the untouched model to the bit, hooks and flags included."""
     attachment = _known(model, name)
+    _check_not_mixed(attachment)
     _check_way_back(attachment, (name,))
     if attachment.merged:
         unmerge(model)
@@ -194,6 +198,7 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
         raise AdapterError(f"names={list(chosen)}: each adapter can be active once")
     if merged := _state(model).merged:
         raise AdapterError(f"adapters {list(merged)} are merged: unmerge before switching")
+    _check_not_mixed(_state(model))
     _activate(model, chosen)
 
 
@@ -219,7 +224,8 @@ def disabled(model: M) -> Iterator[M]:
         unmerge(model)
     _activate(model, ())
     try:
-        yield model
+        with attachment.batch.set(None, off=True):
+            yield model
     finally:
         _activate(model, active)
         if merged:
@@ -234,6 +240,7 @@ def merge(model: M) -> M:
     weight is quantised, and when the result is not finite.
     """
     attachment = _state(model)
+    _check_not_mixed(attachment)
     if attachment.merged:
         raise MergeError(f"adapters {list(attachment.merged)} are merged already: unmerge first")
     if not attachment.active:
@@ -385,6 +392,7 @@ def _tap(model: nn.Module, attachment: Attachment, path: str, adapter: LayerAdap
     key = path.replace(".", "/")
     if key not in attachment.taps:
         attachment.taps[key] = InputTap()
+        attachment.taps[key].batch = attachment.batch  # type: ignore[assignment]
         module = dict(targets.named_modules(model))[path]  # not the wrapper, which goes when its adapters go
         attachment.tap_handles[key] = module.register_forward_pre_hook(attachment.taps[key].hook)  # type: ignore[arg-type]
     adapter.tap = attachment.taps[key]
@@ -408,6 +416,11 @@ def _check_way_back(attachment: Attachment, names: tuple[str, ...]) -> None:
             raise AdapterError(
                 f"adapter {name!r} trains the backbone in place (keep_original=False): there is no way back"
             )
+
+
+def _check_not_mixed(attachment: Attachment) -> None:
+    if attachment.batch.rows is not None:
+        raise AdapterError("a mixed batch is under way: adapters are switched, merged and detached outside of it")
 
 
 def _check_name(model: nn.Module, name: str) -> None:

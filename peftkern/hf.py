@@ -7,7 +7,7 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from peftkern.attach import (
 )
 from peftkern.errors import AdapterError, CheckpointError, ConfigError, UnknownMethodError
 from peftkern.fusing import FuseReport, fuse, unfuse
+from peftkern.mixing import mixed
 
 __all__ = ["FuseReport", "PeftConfig", "PeftModel", "TaskType", "fuse", "get_peft_model", "unfuse"]
 
@@ -330,16 +331,21 @@ class PeftModel(nn.Module):
         ours, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {ours:,d} || all params: {total:,d} || trainable%: {100 * ours / max(total, 1):.4f}")
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward."""
-        _check_batch(kwargs)
-        return self.get_base_model()(*args, **kwargs)
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's own forward; adapter_names: one name, or "__base__", per row of the batch, as in `mixed`."""
+        model = self.get_base_model()
+        if adapter_names is None:
+            return model(*args, **kwargs)
+        with mixed(model, adapter_names):
+            return model(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own generate."""
-        _check_batch(kwargs)
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's own generate; adapter_names: one name, or "__base__", per prompt, as in `mixed`."""
         model: Any = self.get_base_model()
-        return model.generate(*args, **kwargs)
+        if adapter_names is None:
+            return model.generate(*args, **kwargs)
+        with mixed(model, adapter_names, expand=_expansions(model, kwargs)):
+            return model.generate(*args, **kwargs)
 
     @property
     def generation_config(self) -> Any:
@@ -393,12 +399,11 @@ def _check_plain(model: nn.Module) -> None:
         raise AdapterError("the model is a PeftModel already: use add_adapter or load_adapter on it")
 
 
-def _check_batch(kwargs: Mapping[str, Any]) -> None:
-    """Models swallow unknown keywords; one that would change the result must not get lost."""
-    if kwargs.get("adapter_names") is not None:
-        raise AdapterError(
-            "adapter_names: one batch cannot mix adapters here; run a batch per adapter with set_adapter"
-        )
+def _expansions(model: Any, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """How many times generate may repeat a row: numbers of beams and of returned sequences."""
+    config = kwargs.get("generation_config") or model.generation_config
+    names = ("num_beams", "num_return_sequences")
+    return tuple(int(kwargs.get(name) or getattr(config, name, None) or 1) for name in names)
 
 
 def _blank() -> PeftModel:

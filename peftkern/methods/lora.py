@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -113,6 +113,21 @@ class LoRA(LayerAdapter):
             return ops.low_rank(x, self.a, self.b, scale=self.scale, base_out=base(x), p=p)
         weight, bias = linear
         return ops.low_rank(x, self.a, self.b, scale=self.scale, weight=weight, bias=bias, p=p)
+
+    def mixed_key(self) -> Hashable:
+        """Plain updates of a linear map with the same dropout are one op for the whole batch."""
+        return None if self.is_embedding else self.p if self.training else 0.0
+
+    @classmethod
+    def forward_mixed(cls, adapters: Sequence[LoRA], index: Tensor, base: BaseLayer, x: Tensor) -> Tensor:  # type: ignore[override]
+        """All rows in one op: the base's product once, each A and B read once."""
+        a, b = [one.a for one in adapters], [one.b for one in adapters]
+        scales, p = [one.scale for one in adapters], adapters[0].p if adapters[0].training else 0.0
+        linear = base.linear
+        if linear is None:
+            return ops.multi_low_rank(x, a, b, index, scales=scales, base_out=base(x), p=p)
+        weight, bias = linear
+        return ops.multi_low_rank(x, a, b, index, scales=scales, weight=weight, bias=bias, p=p)
 
     def delta_weight(self) -> Tensor:
         """s · B A, [N, K]."""

@@ -1,0 +1,214 @@
+"""A batch whose rows go through different adapters, as the adapted modules see it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkern.errors import AdapterError
+
+BASE = "__base__"
+"""The name of no adapter, as Hugging Face PEFT has it."""
+
+Base = Callable[[Tensor], Tensor]
+
+
+class Batch:
+    """What the rows at hand go through; one object, which all adapted modules of a model hold.
+
+    rows: None unless adapters are mixed. off: adapters are disabled, whatever a batch may ask for.
+    """
+
+    def __init__(self) -> None:
+        self.rows: Rows | None = None
+        self.off = False
+
+    @contextmanager
+    def set(self, rows: Rows | None, off: bool = False) -> Iterator[None]:
+        """Inside the block the batch is this one."""
+        before = self.rows, self.off
+        self.rows, self.off = None if off else rows, off
+        try:
+            yield
+        finally:
+            self.rows, self.off = before
+
+
+class Rows:
+    """One adapter name per row of the batch, BASE for none.
+
+    expand: how many times generation may repeat each row, in place, beside once: numbers of beams or of samples.
+    """
+
+    def __init__(self, names: Sequence[str], expand: Sequence[int] = ()) -> None:
+        self.names = tuple(name for name in dict.fromkeys(names) if name != BASE)
+        self.of = tuple(names)
+        self.expand = tuple(expand)
+        self.index = torch.tensor([self.names.index(name) if name != BASE else -1 for name in names])
+        self._kept: dict[Hashable, Any] = {}
+
+    def repeats(self, count: int, path: str) -> int:
+        """How many times each row stands in `count` rows; AdapterError where that cannot be."""
+        batch = len(self.of)
+        if count == batch:
+            return 1
+        if batch and count % batch == 0 and count // batch in self.expand:
+            return count // batch
+        raise AdapterError(
+            f"{path}: its input has {count} rows, and adapter_names has {batch} names: give one name per row of the "
+            "batch; a module that sees other rows than the batch's cannot take part"
+        )
+
+    def index_of(self, names: tuple[str, ...], repeats: int, device: torch.device) -> Tensor:
+        """int64: for each row the place of its adapter in `names`, or -1."""
+        if names == self.names and repeats == 1 and device == self.index.device:
+            return self.index
+        return self._keep(("index", names, repeats, device), lambda: self._index_of(names, repeats, device))
+
+    def _index_of(self, names: tuple[str, ...], repeats: int, device: torch.device) -> Tensor:
+        places = torch.tensor([names.index(name) if name in names else -1 for name in (*self.names, BASE)])
+        index = places[self.index]  # -1 is the last
+        return index.repeat_interleave(repeats).to(device) if repeats > 1 else index.to(device)
+
+    def places(self, names: tuple[str, ...], repeats: int, device: torch.device) -> Tensor:
+        """Numbers of the rows whose adapter is one of these."""
+        def find() -> Tensor:
+            rows = [row * repeats + i for row, name in enumerate(self.of) if name in names for i in range(repeats)]
+            return torch.tensor(rows, dtype=torch.int64, device=device)
+
+        return self._keep(("places", names, repeats, device), find)
+
+    def groups(self, module: Any) -> list[tuple[tuple[str, ...], bool]]:
+        """Names of the adapters that sit on the module and take part, those that run fused together, and whether."""
+        return self._keep((id(module), module.training), lambda: _groups(self.names, module.adapters))
+
+    def _keep(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if torch.compiler.is_compiling():
+            return make()
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+
+def forward(module: Any, rows: Rows, x: Tensor) -> Tensor:
+    """The adapted module's output for a mixed batch x [B, ...].
+
+    Adapters that a method can run together are one fused call; each of the others runs its own forward on its own rows.
+    Nothing depends on the method: whatever runs alone runs mixed.
+    """
+    repeats = rows.repeats(x.shape[0], module.base.path)
+    call: Base = module.base
+    for names, fused in rows.groups(module):
+        adapters = [module.adapters[name] for name in names]
+        if fused:
+            index = rows.index_of(names, repeats, x.device)
+            call = _Fused(type(adapters[0]), adapters, index, call)
+        else:
+            call = _RowByRow(rows, dict(zip(names, adapters, strict=True)), repeats, call)
+    return call(x)
+
+
+def _groups(names: Sequence[str], adapters: Mapping[str, Any]) -> list[tuple[tuple[str, ...], bool]]:
+    found: dict[Hashable, list[str]] = {}
+    for name in names:
+        if name in adapters:
+            adapter = adapters[name]
+            key = adapter.mixed_key() if _runs_fused(type(adapter)) and not _hooked(adapter) else None
+            found.setdefault(None if key is None else (type(adapter), key), []).append(name)
+    return [(tuple(group), key is not None) for key, group in found.items()]
+
+
+@functools.cache
+def _runs_fused(kind: type) -> bool:
+    """Whether `forward_mixed` was written for this class's forward: a subclass may have changed the latter only."""
+    for parent in kind.__mro__:
+        if "forward_mixed" in vars(parent):
+            return True
+        if "forward" in vars(parent) or "delta" in vars(parent):
+            return False
+    return False
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
+
+
+class _View:
+    """A base seen through something else: no plain linear inside, all other facts are the base's."""
+
+    linear = None
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+
+class _Fused(_View):
+    def __init__(self, kind: Any, adapters: list[nn.Module], index: Tensor, base: Base) -> None:
+        super().__init__(base)
+        self._kind, self._adapters, self._index = kind, adapters, index
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self._kind.forward_mixed(self._adapters, self._index, self._base, x)
+        return out
+
+
+class _RowByRow(_View):
+    def __init__(self, rows: Rows, adapters: dict[str, nn.Module], repeats: int, base: Base) -> None:
+        super().__init__(base)
+        self._rows, self._adapters, self._repeats = rows, adapters, repeats
+
+    def __call__(self, x: Tensor) -> Tensor:
+        whole = _Whole(self._base, x)
+        parts, order = [], []
+        for name, adapter in self._adapters.items():
+            places = self._rows.places((name,), self._repeats, x.device)
+            mine = x.index_select(0, places)
+            tap = getattr(adapter, "tap", None)
+            if tap is not None:
+                tap.places = places
+            parts.append(adapter(_BaseRows(whole, mine, places), mine))
+            if tap is not None:
+                tap.places = None
+            order.append(places)
+        others = tuple(name for name in (*self._rows.names, BASE) if name not in self._adapters)
+        places = self._rows.places(others, self._repeats, x.device)
+        if places.shape[0]:
+            parts.append(whole().index_select(0, places))
+            order.append(places)
+        joined = torch.cat([part.to(parts[0].dtype) for part in parts])
+        return joined.index_select(0, torch.cat(order).argsort())
+
+
+class _Whole:
+    """The base's output for the whole batch, computed when first wanted, and then once."""
+
+    def __init__(self, base: Base, x: Tensor) -> None:
+        self.base, self.x = base, x
+        self._out: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self._out is None:
+            self._out = self.base(self.x)
+        return self._out
+
+
+class _BaseRows(_View):
+    """The base for some rows of the batch: one product serves all of them, unless an adapter has changed the input."""
+
+    def __init__(self, whole: _Whole, x: Tensor, places: Tensor) -> None:
+        super().__init__(whole.base)
+        self._whole, self._x, self._places = whole, x, places
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x is self._x:
+            return self._whole().index_select(0, self._places)
+        return self._base(x)
