@@ -85,7 +85,7 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, grad: bool = False, **dims: int) -> str:
+def choose(op: str, device: torch.device, dtype: torch.dtype, grad: int = False, **dims: int) -> str:
     """Name of the backend that runs `op` on tensors of this device and dtype, with a backward if `grad`.
 
     `dims` are the sizes that it may judge by.
@@ -94,7 +94,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, grad: bool = False
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(op: str, device: torch.device, dtype: torch.dtype, forced: str | None, grad: bool, **dims: int) -> str:
+def _choose(op: str, device: torch.device, dtype: torch.dtype, forced: str | None, grad: int, **dims: int) -> str:
     if forced is not None:
         reason = _refusal(_known(forced), op, device, dtype, grad, **dims)
         if reason is None:
@@ -121,7 +121,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _explain(
-    op: str, device: torch.device, dtype: torch.dtype, forced: str | None, grad: bool = False, **dims: int
+    op: str, device: torch.device, dtype: torch.dtype, forced: str | None, grad: int = False, **dims: int
 ) -> Explanation:
     refused: dict[str, str] = {}
     chosen = ""
@@ -200,7 +200,7 @@ def _load_triton(op: str) -> Backend | str:
 
 
 def _refusal(
-    name: str, op: str, device: torch.device, dtype: torch.dtype, grad: bool = False, **dims: int
+    name: str, op: str, device: torch.device, dtype: torch.dtype, grad: int = False, **dims: int
 ) -> str | None:
     if name == "reference":
         return None

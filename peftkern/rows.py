@@ -68,7 +68,8 @@ class Rows:
         """int64: for each row the place of its adapter in `names`, or -1."""
         if names == self.names and repeats == 1 and device == self.index.device:
             return self.index
-        return self._keep(("index", names, repeats, device), lambda: self._index_of(names, repeats, device))
+        index: Tensor = self._keep(("index", names, repeats, device), lambda: self._index_of(names, repeats, device))
+        return index
 
     def _index_of(self, names: tuple[str, ...], repeats: int, device: torch.device) -> Tensor:
         places = torch.tensor([names.index(name) if name in names else -1 for name in (*self.names, BASE)])
@@ -77,15 +78,20 @@ class Rows:
 
     def places(self, names: tuple[str, ...], repeats: int, device: torch.device) -> Tensor:
         """Numbers of the rows whose adapter is one of these."""
+
         def find() -> Tensor:
             rows = [row * repeats + i for row, name in enumerate(self.of) if name in names for i in range(repeats)]
             return torch.tensor(rows, dtype=torch.int64, device=device)
 
-        return self._keep(("places", names, repeats, device), find)
+        places: Tensor = self._keep(("places", names, repeats, device), find)
+        return places
 
     def groups(self, module: Any) -> list[tuple[tuple[str, ...], bool]]:
         """Names of the adapters that sit on the module and take part, those that run fused together, and whether."""
-        return self._keep((id(module), module.training), lambda: _groups(self.names, module.adapters))
+        groups: list[tuple[tuple[str, ...], bool]] = self._keep(
+            (id(module), module.training), lambda: _groups(self.names, module.adapters)
+        )
+        return groups
 
     def _keep(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if torch.compiler.is_compiling():
@@ -118,7 +124,7 @@ def _groups(names: Sequence[str], adapters: Mapping[str, Any]) -> list[tuple[tup
     for name in names:
         if name in adapters:
             adapter = adapters[name]
-            key = adapter.mixed_key() if _runs_fused(type(adapter)) and not _hooked(adapter) else None
+            key = adapter.mixed_key() if _runs_fused(adapter.__class__) and not _hooked(adapter) else None
             found.setdefault(None if key is None else (type(adapter), key), []).append(name)
     return [(tuple(group), key is not None) for key, group in found.items()]
 

@@ -160,7 +160,7 @@ _UNKNOWN_ROWS = 1 << 30
 """Sizes may be symbolic when compiling; a kernel that serves few rows alone is then not the one to take."""
 
 
-def choose(op: str, x: Tensor, adapter: Tensor, grad: bool = False, **dims: int) -> str:
+def choose(op: str, x: Tensor, adapter: Tensor, grad: int = False, **dims: int) -> str:
     """Backend for x and an adapter weight; `grad`: one that has a backward.
 
     When compiling, sizes may be symbolic, so that the choice rests on device and dtype alone.

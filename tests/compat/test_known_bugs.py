@@ -158,9 +158,9 @@ def test_an_unknown_name_is_an_error(tmp_path):
     ):
         with pytest.raises(pk.errors.AdapterError, match="did you mean 'default'"):
             call()
-    with pytest.raises(pk.errors.AdapterError, match="adapter_names: .* did you mean 'default'"):
+    with pytest.raises(pk.errors.AdapterError, match=r"adapter_names: .* did you mean 'default'"):
         model(**batch("llama"), adapter_names=["default", wrong, "default"])
-    with pytest.raises(pk.errors.AdapterError, match="adapter_names: .* did you mean 'default'"):
+    with pytest.raises(pk.errors.AdapterError, match=r"adapter_names: .* did you mean 'default'"):
         model.generate(input_ids=batch("llama")["input_ids"], adapter_names=[wrong] * 3)
     assert model.active_adapter == "default" and not (tmp_path / "out").exists()
 
