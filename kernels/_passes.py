@@ -311,7 +311,9 @@ def column_kernel(
         tl.store(grad_tile, acc * grad_factor, mask=mask_r[:, None] & mask_c[None, :])
     if src_sum_ptr is not None:
         if tl.program_id(1) == 0:
-            tl.store(src_sum_ptr + at_split + offs_c, src_sum * (1.0 if other_ptr is not None else grad_factor), mask=mask_c)
+            if other_ptr is None:
+                src_sum *= grad_factor
+            tl.store(src_sum_ptr + at_split + offs_c, src_sum, mask=mask_c)
     if g_sum_ptr is not None:
         if pid_c == 0:
             tl.store(g_sum_ptr + at_split + offs_r, g_sum, mask=mask_r)

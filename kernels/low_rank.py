@@ -4,7 +4,7 @@ x [M, K], a [R, K], b [N, R], y [M, N]; x, y in f32, bf16 or f16 with any row st
 same types, independently; products accumulate in f32. The dropout mask is regenerated from (seed, row, column).
 
 forward   row pass over x (h), expand pass on y: x read once, y read and written once
-backward  dy pass (dh, db, base_dot; for larger ranks a row and a column pass), column pass over x (da and dx), reduction
+backward  dy pass (dh, db, base_dot; for larger ranks a row and a column pass), column pass over x (da, dx), reduction
 Source of the method: Hu et al. 2021 (arXiv:2106.09685), eq. 3.
 """
 

@@ -1,4 +1,4 @@
-"""LoRA: a trained low-rank update beside each frozen linear map."""
+"""LoRA: a trained low-rank update beside each frozen linear map; DoRA: the same with a trained magnitude per output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from peftkern import ops, targets
 from peftkern.adapter import LayerAdapter, LayerConfig, kaiming_
-from peftkern.base import BaseLayer
+from peftkern.base import BaseLayer, is_sharded
+from peftkern.errors import TargetError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +26,12 @@ class LoraConfig(LayerConfig):
     bias: "none", "all" or "lora_only", which of the backbone's own biases train. init_lora_weights: True (A Kaiming
     uniform, B zero), "gaussian" (A normal with σ = 1/r) or False (both random: for tests). rank_pattern and
     alpha_pattern: module name or regular expression -> value that replaces r or lora_alpha there. fan_in_fan_out is
-    read and written, but the layout is taken from the module itself.
+    read and written, but the layout is taken from the module itself. use_dora: DoRA, see `LoRA`.
     """
 
     peft_type: ClassVar[str | None] = "LORA"
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "use_dora": (False,), "lora_bias": (False,), "use_qalora": (False,), "qalora_group_size": (16,),
+        "lora_bias": (False,), "use_qalora": (False,), "qalora_group_size": (16,),
         "target_parameters": (None, []), "layer_replication": (None, []), "trainable_token_indices": (None, []),
         "ensure_weight_tying": (False,), "megatron_config": (None,), "megatron_core": ("megatron.core", None),
         "loftq_config": (None, {}), "eva_config": (None,), "corda_config": (None,), "lora_ga_config": (None,),
@@ -44,6 +45,7 @@ class LoraConfig(LayerConfig):
     lora_dropout: float = 0.0
     bias: str = "none"
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -71,13 +73,23 @@ class LoraConfig(LayerConfig):
 class LoRA(LayerAdapter):
     """y = base(x) + s · B (A · drop(x)), A [R, K], B [N, R], s = alpha / R (rsLoRA: alpha / √R).
 
-    Source: Hu et al. 2021 (arXiv:2106.09685), eq. 3; rsLoRA: Kalajdzievski 2023 (arXiv:2312.03732).
+    With use_dora the direction of the weight and its magnitude m [N] train apart:
+    y = bias + c ⊙ (W x + s · B (A · drop(x))), c = m / ‖W + s · BA‖ by rows. m starts as that norm, which gets no
+    gradient (the paper's section 4.3) and is computed again only when W, A or B has changed. Dropout acts on the input
+    of A alone; Hugging Face PEFT, in training, also multiplies W with the dropped input for the share of c - 1: a
+    second frozen product whose expectation is the first. Over another adapter, W is still the base's own and c leaves
+    only the base's bias as it is.
+
+    Source: Hu et al. 2021 (arXiv:2106.09685), eq. 3; rsLoRA: Kalajdzievski 2023 (arXiv:2312.03732); DoRA: Liu et al.
+    2024 (arXiv:2402.09353), eq. 5 and section 4.3.
     """
 
     name = "lora"
     summary = "low-rank update of linear, Conv1D and embedding layers"
     paper = "https://arxiv.org/abs/2106.09685"
     Config = LoraConfig
+
+    norms: ops.NormCache | None = None  # of DoRA
 
     def __init__(self, base: BaseLayer, config: LoraConfig) -> None:
         super().__init__(base, config)
@@ -91,6 +103,8 @@ class LoRA(LayerAdapter):
         self.lookup = {key: getattr(base.module, key) for key in _LOOKUP} if base.is_embedding else {}
         self.keys = _EMBEDDING_KEYS if base.is_embedding else _LINEAR_KEYS  # type: ignore[misc]
         self._initialise(config)
+        if config.use_dora:
+            self._start_dora(base)
 
     @classmethod
     def select(cls, model: nn.Module, config: LoraConfig) -> list[str]:
@@ -103,16 +117,33 @@ class LoRA(LayerAdapter):
 
     def forward(self, base: BaseLayer, x: Tensor) -> Tensor:  # type: ignore[override]
         """Fused with the base's own product where that is a plain linear map, onto its output elsewhere."""
+        c = self._column_scale() if self.norms is not None else None
         if self.is_embedding:
             y = base(x)
             hidden = F.embedding(x, self.a.T, **self.lookup)
-            return y + (self.scale * self.embed_scale * (hidden @ self.b.T)).to(y.dtype)
+            update = self.scale * self.embed_scale * (hidden @ self.b.T)
+            return y + update.to(y.dtype) if c is None else (c * (y + update)).to(y.dtype)
         p = self.p if self.training else 0.0
         linear = base.linear
         if linear is None:
-            return ops.low_rank(x, self.a, self.b, scale=self.scale, base_out=base(x), p=p)
+            bias = None if c is None else self.base.bias
+            return ops.low_rank(
+                x, self.a, self.b, scale=self.scale, base_out=base(x), bias=bias, column_scale=c, p=p
+            )  # fmt: skip
         weight, bias = linear
-        return ops.low_rank(x, self.a, self.b, scale=self.scale, weight=weight, bias=bias, p=p)
+        return ops.low_rank(x, self.a, self.b, scale=self.scale, weight=weight, bias=bias, column_scale=c, p=p)
+
+    def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """W + s · B A or, with DoRA, c ⊙ (W + s · B A); the bias as it is."""
+        weight, bias = super().merge(weight, bias)
+        return (weight if self.norms is None else self._column_scale().to(weight.dtype)[:, None] * weight), bias
+
+    def train(self, mode: bool = True) -> LoRA:
+        """As nn.Module's. Where the mode changes, weights may be swapped (averages for evaluation): drop the norm."""
+        if self.norms is not None and mode != self.training:
+            self.norms.clear()
+        super().train(mode)
+        return self
 
     def mixed_key(self) -> Hashable:
         """Plain updates of a linear map with the same dropout are one op for the whole batch."""
@@ -134,6 +165,21 @@ class LoRA(LayerAdapter):
         wide = torch.promote_types(self.b.dtype, torch.float32)
         return self.scale * (self.b.to(wide) @ self.a.to(wide))
 
+    def _start_dora(self, base: BaseLayer) -> None:
+        weight = base.weight
+        if not weight.is_floating_point() or is_sharded(weight):
+            kind = f"{type(weight).__name__}, {weight.dtype}"
+            raise TargetError(f"{base.path}: use_dora needs the weight's norm, and it is quantised or sharded ({kind})")
+        self.base, self.norms = base, ops.NormCache()
+        with torch.no_grad():
+            norm = ops.weight_norm(weight, self.a, self.b, scale=self.scale)
+        self.magnitude = nn.Parameter(norm.to(self.a.dtype))
+
+    def _column_scale(self) -> Tensor:
+        """c = m / ‖W + s · BA‖, [N]."""
+        assert self.norms is not None
+        return self.magnitude / self.norms(self.base.weight, self.a, self.b, scale=self.scale)
+
     def _initialise(self, config: LoraConfig) -> None:
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(self.b if self.is_embedding else self.a, std=1 / config.r)
@@ -147,9 +193,9 @@ class LoRA(LayerAdapter):
             nn.init.normal_(self.a if self.is_embedding else self.b, std=1 / config.r)
 
 
-_LINEAR_KEYS = {"a": "lora_A.weight", "b": "lora_B.weight"}
+_LINEAR_KEYS = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _LOOKUP = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-_EMBEDDING_KEYS = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
+_EMBEDDING_KEYS = {"a": "lora_embedding_A", "b": "lora_embedding_B", "magnitude": "lora_magnitude_vector"}
 
 
 def _pattern(patterns: Mapping[str, float], path: str, default: float) -> float:

@@ -5,5 +5,15 @@ from peftkern.ops.column_scale import column_scale
 from peftkern.ops.low_rank import low_rank
 from peftkern.ops.multi_low_rank import multi_low_rank
 from peftkern.ops.prompt_concat import Prompted, prompt_concat
+from peftkern.ops.weight_norm import NormCache, weight_norm
 
-__all__ = ["Prompted", "bottleneck", "column_scale", "low_rank", "multi_low_rank", "prompt_concat"]
+__all__ = [
+    "NormCache",
+    "Prompted",
+    "bottleneck",
+    "column_scale",
+    "low_rank",
+    "multi_low_rank",
+    "prompt_concat",
+    "weight_norm",
+]

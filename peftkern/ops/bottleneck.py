@@ -101,9 +101,7 @@ def bottleneck(
         )
     x = _norm(x, norm_weight, norm_bias, norm_eps)
     residual = None if own or residual is None else residual.to(x.dtype)
-    y: Tensor = _differentiable(
-        x, down, down_bias, up, up_bias, residual, own, activation, scale, p, seed, backend
-    )[0]
+    y: Tensor = _differentiable(x, down, down_bias, up, up_bias, residual, own, activation, scale, p, seed, backend)[0]
     return y
 
 

@@ -106,8 +106,8 @@ def low_rank(
             )  # fmt: skip
         return base_out
     keep = column_scale is not None and column_scale.requires_grad and torch.is_grad_enabled()
-    y = _differentiable(x, a, b, weight, bias, base_out, column_scale, scale, p, seed, backend, keep)[0]
-    return y
+    out: Tensor = _differentiable(x, a, b, weight, bias, base_out, column_scale, scale, p, seed, backend, keep)[0]
+    return out
 
 
 def _writable(base_out: Tensor, x: Tensor) -> bool:
@@ -115,7 +115,7 @@ def _writable(base_out: Tensor, x: Tensor) -> bool:
 
 
 def _epilogue(column_scale: Tensor | None, bias: Tensor | None, in_base: bool) -> tuple[Tensor | None, Tensor | None]:
-    """c and shift, f32 [N], of y = c ⊙ (base + update) + shift; `in_base`: base holds the bias, which c leaves alone."""
+    """c and shift, f32 [N], of y = c ⊙ (base + update) + shift; `in_base`: base holds the bias, which is not scaled."""
     if column_scale is None:
         return None, None
     c = column_scale.detach().float().contiguous()
@@ -150,16 +150,16 @@ def _forward(
         base = base_out.to(x.dtype).reshape(x2.shape[0], n)
         base = base if base.stride(-1) == 1 else base.contiguous()
     if base is None:
-        base, y = None, x.new_zeros(x2.shape[0], n)
+        y = x.new_zeros(x2.shape[0], n)
     elif keep or base_out is not None:
         y = x.new_empty(x2.shape[0], n)
     else:
-        base, y = None, base
+        y = base
     if x2.shape[0] == 0:
         h = x.new_empty(0, a.shape[0], dtype=torch.float32)
     else:
         h = kernel(backend, "low_rank").forward(
-            x2, a.contiguous(), b.contiguous(), y, scale, p, seed, base,
+            x2, a.contiguous(), b.contiguous(), y, scale, p, seed, None if base is y else base,
             *_epilogue(column_scale, bias, base_out is not None),
         )  # fmt: skip
     kept = base if keep and weight is not None and base is not None else x.new_empty(0)

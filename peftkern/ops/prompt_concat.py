@@ -221,11 +221,14 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
     yield "ids-no-mask", ids | {"prompt": rand(1, 33)}
     yield "embeds-left", {"embeds": rand(3, 5, 64), "prompt": rand(7, 64), "mask": left}
     yield "embeds-h1", {"embeds": rand(1, 1, 1), "prompt": rand(2, 1)}
-    yield "hole-and-empty-row", {
-        "embeds": rand(2, 4, 8),
-        "prompt": rand(3, 8),
-        "mask": torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]], device=device),
-    }
+    yield (
+        "hole-and-empty-row",
+        {
+            "embeds": rand(2, 4, 8),
+            "prompt": rand(3, 8),
+            "mask": torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]], device=device),
+        },
+    )
     yield "zero-tokens", {"embeds": rand(2, 0, 8), "prompt": rand(3, 8)}
     yield "zero-batch", {"embeds": rand(0, 4, 8), "prompt": rand(3, 8)}
     yield "strided", {"embeds": rand(3, 5, 66)[..., ::2], "prompt": rand(4, 33)}

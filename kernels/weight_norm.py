@@ -1,0 +1,146 @@
+"""Triton backend of weight_norm: norms of the rows or columns of wide + s * up down, and what their gradients need.
+
+wide [P, Q] in f32, bf16 or f16 with any row stride; up [P, R] and down [R, Q] in f32; sums in f32.
+
+forward   one pass over wide, whose tiles get s * up down added in registers; squares are summed over splits in order
+backward  row pass and column pass over wide
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import dot, dropout_args, precision, refuse_common
+from ._device import Device, Source, device_of, launch, on_device, sources
+from ._launch import Gradients, column_pass, reduce_pass, row_pass
+from ._tiles import tile
+
+
+def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
+    """Why this backend cannot run for a weight on `device` with `dtype` and sizes N, K, R; None when it can."""
+    return refuse_common(device, dtype, **dims)
+
+
+def forward(wide: Tensor, up: Tensor, down: Tensor, scale: float, by_row: bool) -> Tensor:
+    """Norms of the rows (by_row), or else of the columns, of wide + scale * up down -> [P] or [Q] f32."""
+    (p, q), r = wide.shape, up.shape[1]
+    product = precision(wide.dtype, up.dtype).wide
+    device = device_of(wide)
+    t = tile("expand", product, r, device.arch)
+    blocks = (triton.cdiv(p, t.block_m), triton.cdiv(q, t.block_c))
+    kept, summed = blocks if by_row else blocks[::-1]
+    splits = max(1, min(triton.cdiv(4 * device.processors, kept), summed // 2))
+    per_split = triton.cdiv(summed, splits)
+    splits = triton.cdiv(summed, per_split)
+    size = p if by_row else q
+    with on_device(wide):
+        partial = torch.empty((splits, size), dtype=torch.float32, device=wide.device)
+        launch(
+            norm_kernel, (kept, splits),
+            wide, up, down, partial, p, q, r, wide.stride(0), size, per_split, float(scale),
+            BY_ROW=by_row, PRECISION=product, BLOCK_P=t.block_m, BLOCK_Q=t.block_c, BLOCK_R=t.block_r,
+            num_warps=t.num_warps, num_stages=t.num_stages,
+        )  # fmt: skip
+        norm = partial[0]
+        if splits > 1:
+            norm = torch.empty(size, dtype=torch.float32, device=wide.device)
+            reduce_pass(partial, [norm])
+    return norm.sqrt_()
+
+
+def backward(wide: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """wide down^T [P, R] and up^T wide [R, Q], f32."""
+    q, r = wide.shape[1], up.shape[1]
+    products, plain = precision(wide.dtype, up.dtype), dropout_args(0.0, None)
+    with on_device(wide):
+        left = row_pass(wide, down, 1.0, plain, products.wide)[0]
+        grads = Gradients(wide, [q], [(r, q)], products.wide, r)
+        column_pass(wide, up, grads, plain, products, grad=grads.partials[0], grad_strides=(q, 1))
+        (right,) = grads.finish()
+    return left, right
+
+
+@triton.jit(do_not_specialize=["blocks_per_split"])
+def norm_kernel(
+    wide_ptr,
+    up_ptr,
+    down_ptr,
+    out_ptr,
+    P,
+    Q,
+    R,
+    stride_widep,
+    size,
+    blocks_per_split,
+    scale,
+    BY_ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out[split, i] = sum of (wide + scale * up down)^2 over one split of the other axis; `size` is the length of i."""
+    kept = tl.program_id(0)
+    split = tl.program_id(1)
+    start = split * blocks_per_split
+    if BY_ROW:
+        end = min(start + blocks_per_split, tl.cdiv(Q, BLOCK_Q))
+        sums = tl.zeros((BLOCK_P,), tl.float32)
+        offs = kept * BLOCK_P + tl.arange(0, BLOCK_P)
+    else:
+        end = min(start + blocks_per_split, tl.cdiv(P, BLOCK_P))
+        sums = tl.zeros((BLOCK_Q,), tl.float32)
+        offs = kept * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    for block in range(start, end):
+        if BY_ROW:
+            offs_p = offs
+            offs_q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        else:
+            offs_p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+            offs_q = offs
+        mask_p = (offs_p < P)[:, None]
+        mask_q = (offs_q < Q)[None, :]
+        rows = offs_p.to(tl.int64)[:, None]
+        wide = tl.load(wide_ptr + rows * stride_widep + offs_q[None, :], mask=mask_p & mask_q, other=0.0)
+        acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+        for r in range(0, R, BLOCK_R):
+            offs_r = r + tl.arange(0, BLOCK_R)
+            up = tl.load(up_ptr + rows * R + offs_r[None, :], mask=mask_p & (offs_r < R)[None, :], other=0.0)
+            down_tile = down_ptr + offs_r.to(tl.int64)[:, None] * Q + offs_q[None, :]
+            down = tl.load(down_tile, mask=(offs_r < R)[:, None] & mask_q, other=0.0)
+            acc = dot(up, down, acc, PRECISION)
+        total = wide.to(tl.float32) + acc * scale
+        sums += tl.sum(total * total, axis=1 if BY_ROW else 0)
+    tl.store(out_ptr + split.to(tl.int64) * size + offs, sums, mask=offs < size)
+
+
+def aot_sources(device: Device) -> Iterator[Source]:
+    """Kernel variants to compile ahead of time: dtypes, ranks, both layouts, small and odd sizes."""
+    return sources(device, _aot_calls())
+
+
+def _aot_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    cases = [
+        (4096, 4096, 16, torch.bfloat16),
+        (4096, 4096, 128, torch.bfloat16),
+        (4096, 4096, 16, torch.float32),
+        (768, 768, 8, torch.float16),
+        (29, 33, 1, torch.bfloat16),
+    ]
+    for p, q, r, dtype in cases:
+        for by_row in (True, False):
+            name = f"weight_norm {p}x{q} r{r} {dtype} {'rows' if by_row else 'columns'}".replace("torch.", "")
+            yield name, functools.partial(_aot_call, p, q, r, dtype, by_row)
+
+
+def _aot_call(p: int, q: int, r: int, dtype: torch.dtype, by_row: bool) -> None:
+    wide = torch.empty(p, q, dtype=dtype, device="meta")
+    up, down = torch.empty(p, r, device="meta"), torch.empty(r, q, device="meta")
+    forward(wide, up, down, 0.5, by_row)
+    backward(wide, up, down)
