@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peftkern import dispatch
 from peftkern.errors import BackendError
+from peftkern.ops._draw import Draw
 
 Kwargs = dict[str, Any]
 
@@ -26,6 +27,8 @@ class Op:
 
     frozen: names of floating-point arguments that never require grad. rows: names of the arguments that share the
     leading dimension of the first one, the batch. compiled: ids of the samples that torch.compile is tested on.
+    draw: a random case, contiguous, for the property test, which lays tensors out anew (where tensors are stride-0
+    views, so that their values repeat); without it that test varies the layout of `samples` alone.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Op:
     frozen: tuple[str, ...] = ()
     rows: tuple[str, ...] = ("x",)
     compiled: tuple[str, ...] = ()
+    draw: Callable[[Draw], Kwargs] | None = None
 
 
 def every() -> list[Op]:

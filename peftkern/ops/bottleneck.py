@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern.errors import near
+from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autocast_dtype, autograd, choose, kernel, rows
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
@@ -131,7 +132,8 @@ def _forward(
         return x.new_empty(shape), x.new_empty(0, down.shape[0], dtype=torch.float32)
     r2 = x2 if own else None if residual is None else rows(residual)
     y, pre = kernel(backend, "bottleneck").forward(
-        x2, down.contiguous(), down_bias, up.contiguous(), up_bias,
+        x2, down.contiguous(), None if down_bias is None else down_bias.contiguous(),
+        up.contiguous(), None if up_bias is None else up_bias.contiguous(),
         None if r2 is None else r2.contiguous(), activation, scale, p, seed,
     )  # fmt: skip
     return y.view(shape), pre
@@ -289,7 +291,24 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
         yield "f32-adapters", mixed | {"residual": mixed["x"], "p": 0.1, "seed": seed}
 
 
+def draw(draw: Draw) -> dict[str, Any]:
+    """A random case."""
+    lead, k, r, dt = draw.lead(), draw.size(), draw.size(65), draw.adapter_dtype()
+    form = draw.one_of(["sequential", "parallel", "update alone"])
+    n = k if form == "sequential" else draw.size()
+    p, seed = draw.dropout()
+    x = draw.randn(*lead, k)
+    case = {
+        "x": x, "down": draw.randn(r, k, dtype=dt) / k**0.5, "up": draw.randn(n, r, dtype=dt) / r**0.5,
+        "down_bias": draw.maybe(draw.randn(r, dtype=dt)), "up_bias": draw.maybe(draw.randn(n, dtype=dt)),
+        "activation": draw.one_of(list(ACTIVATIONS)), "scale": draw.one_of([1.0, 0.5, -2.0]), "p": p, "seed": seed,
+    }  # fmt: skip
+    if form == "update alone":
+        return case
+    return case | {"residual": x if form == "sequential" else draw.randn(*lead, n)}
+
+
 OP = Op(
-    "bottleneck", bottleneck, reference, samples,
+    "bottleneck", bottleneck, reference, samples, draw=draw,
     rows=("x", "residual"), compiled=("sequential-dropout", "parallel", "norm"),
 )  # fmt: skip

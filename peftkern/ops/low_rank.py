@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autocast_dtype, autograd, choose, kernel, rows, tracked
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
@@ -362,8 +363,21 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
     yield "scaled-zero-rows", case((0,), 16, 16, 4) | {"column_scale": rand(16)}
 
 
+def draw(draw: Draw) -> dict[str, Any]:
+    """A random case."""
+    lead, k, n, r, adapter = draw.lead(), draw.size(), draw.size(), draw.size(65), draw.adapter_dtype()
+    p, seed = draw.dropout()
+    a, b = draw.randn(r, k, dtype=adapter) / k**0.5, draw.randn(n, r, dtype=adapter) / r**0.5
+    case = {"x": draw.randn(*lead, k), "a": a, "b": b, "scale": draw.one_of([1.0, 0.5, -2.0]), "p": p, "seed": seed}
+    case["column_scale"] = draw.maybe(draw.randn(n, dtype=adapter))
+    base = draw.one_of(["weight", "base_out", "neither"])
+    if base == "weight":
+        return case | {"weight": draw.randn(n, k) / k**0.5, "bias": draw.maybe(draw.randn(n))}
+    return case | ({"base_out": draw.randn(*lead, n)} if base == "base_out" else {})
+
+
 OP = Op(
-    "low_rank", low_rank, reference, samples,
+    "low_rank", low_rank, reference, samples, draw=draw,
     frozen=("weight", "bias"), rows=("x", "base_out"),
     compiled=("3d-bias-r16", "dropout-r8", "onto-base", "scaled", "scaled-onto-base"),
 )  # fmt: skip

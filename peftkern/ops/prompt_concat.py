@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autograd, choose, kernel
 
 IGNORED = -100
@@ -236,7 +237,28 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
         yield "f32-prompt", ids | {"prompt": rand(4, 33, dt=torch.float32), "mask": left}
 
 
+def draw(draw: Draw) -> dict[str, Any]:
+    """A random case."""
+    batch, length, hidden, prompt_length = draw.one_of([0, 1, 2, 3, 5]), draw.size(33), draw.size(), draw.size(17)
+    shape = (batch, length)
+    masks = {
+        "none": None,
+        "left": torch.arange(length, device=draw.device) >= draw.randint(length + 1, batch, 1),
+        "right": torch.arange(length, device=draw.device) < draw.randint(length + 1, batch, 1),
+        "holes": draw.randint(2, *shape),
+    }
+    mask = masks[draw.one_of(list(masks))]
+    case = {
+        "prompt": draw.randn(prompt_length, hidden, dtype=draw.adapter_dtype()),
+        "mask": None if mask is None else mask.to(draw.one_of([torch.int64, torch.int32, torch.bool])),
+        "labels": draw.maybe(draw.randint(9, *shape)),
+    }
+    if draw.one_of(["ids", "embeds"]) == "embeds":
+        return case | {"embeds": draw.randn(*shape, hidden)}
+    return case | {"ids": draw.randint(11, *shape), "table": draw.randn(11, hidden)}
+
+
 OP = Op(
-    "prompt_concat", prompt_concat, reference, samples,
+    "prompt_concat", prompt_concat, reference, samples, draw=draw,
     frozen=("table",), rows=("ids", "embeds", "mask", "labels"), compiled=("ids-left", "embeds-left"),
 )  # fmt: skip

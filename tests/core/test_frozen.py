@@ -70,14 +70,16 @@ class Probe:
         for index, block in enumerate(blocks):
             forward = type(block).forward
             block.register_forward_pre_hook(lambda *_, i=index: self.inside.append(i))
-            block.register_forward_hook(lambda _m, _a, out, i=index: self.left(i, out))
+            block.register_forward_hook(lambda _m, args, out, i=index: self.left(i, args, out))
             inner = next(m for path, m in block.named_modules() if "att" in path)
             inner.register_forward_pre_hook(lambda *_, i=index: self.runs.update([i]))
             assert forward is type(block).forward
 
-    def left(self, index: int, out: Tensor | tuple) -> None:
+    def left(self, index: int, args: tuple, out: Tensor | tuple) -> None:
         self.inside.remove(index)
-        self.graph[index] = (out[0] if isinstance(out, tuple) else out).requires_grad
+        # Where transformers runs the hooks inside a reentrant checkpoint, only the input tells that there is a graph.
+        seen = out if torch.is_grad_enabled() else args
+        self.graph[index] = (seen[0] if isinstance(seen, tuple) else seen).requires_grad
 
     @contextmanager
     def counting(self) -> Iterator[None]:
