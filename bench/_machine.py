@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import importlib.metadata
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,18 +17,22 @@ import peftkern
 from peftkern import dispatch
 
 from ._measure import Ceilings
+from ._sources import git_revision, kernel_hash, root
 
-_PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
+_PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "unsloth", "numpy")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """JSON-ready facts; unknown ones are empty strings."""
-    root = Path(peftkern.__file__).resolve().parents[1]
+    cuda = device.type == "cuda"
+    gpu = torch.cuda.get_device_properties(device) if cuda else None
     versions = {name: _version(name) for name in _PACKAGES}
     return {
         "device": device.type,
         "cpu_name": cpu_name(),
-        "gpu_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+        "gpu_name": torch.cuda.get_device_name(device) if cuda else "",
+        "gpu_gib": round(gpu.total_memory / 2**30, 1) if gpu is not None else None,
+        "gpu_processors": gpu.multi_processor_count if gpu is not None else None,
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
@@ -41,8 +42,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions | {"peftkern": peftkern.__version__},
-        "git_revision": git_revision(root),
-        "kernel_sources_sha256": kernel_hash(root),
+        "git_revision": git_revision(root()),
+        "kernel_sources_sha256": kernel_hash(device.type),
         "backend_forced": os.environ.get("PEFTKERN_BACKEND", ""),
     }
 
@@ -52,38 +53,6 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
     return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def git_revision(root: Path) -> str:
-    """Short revision of the checkout, with "+changes" when sources differ from it; "" outside a checkout."""
-    if not (root / ".git").exists():
-        return ""
-    git = ["git", "-C", str(root)]
-    sources = ["peftkern", "kernels", "csrc", "bench", ":!bench/results"]
-    try:
-        revision = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, check=True, text=True)
-        status = [*git, "status", "--porcelain", "--", *sources]
-        changed = subprocess.run(status, capture_output=True, check=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return revision.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
-
-
-def kernel_hash(root: Path) -> str:
-    """SHA-256 over names and contents of the kernel sources: kernels/, csrc/ and the ops with their dispatch.
-
-    In an installed package csrc/ is absent, so that the hash is another one.
-    """
-    package = Path(peftkern.__file__).resolve().parent
-    kernels = Path(importlib.import_module("peftkern.kernels").__path__[0])
-    folders = {"kernels": kernels, "csrc": root / "csrc", "ops": package / "ops"}
-    digest = hashlib.sha256()
-    for name, folder in folders.items():
-        files = sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".json"))
-        for path in files:
-            digest.update(f"{name}/{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
-    digest.update((package / "dispatch.py").read_bytes())
-    return digest.hexdigest()
 
 
 def ceilings(device: torch.device, quick: bool) -> Ceilings:
@@ -113,6 +82,13 @@ def ceilings_dict(found: Ceilings) -> dict[str, float]:
     """JSON-ready: GB/s and TFLOP/s."""
     rates = {f"{str(dtype).removeprefix('torch.')}_tflops": rate / 1e12 for dtype, rate in found.products.items()}
     return {"copy_gbps": found.copy / 1e9, **rates}
+
+
+def ceilings_from(found: dict[str, float]) -> Ceilings:
+    """The inverse of ceilings_dict."""
+    ends = "_tflops"
+    products = {getattr(torch, key.removesuffix(ends)): v * 1e12 for key, v in found.items() if key.endswith(ends)}
+    return Ceilings(found["copy_gbps"] * 1e9, products)
 
 
 def _best(run: Any, device: torch.device, repeats: int = 7) -> float:

@@ -6,8 +6,8 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,11 +59,25 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """A mark that peftkern's time (or, with metric "peak", its peak memory) is held against: reported, never asserted.
+
+    limit is a ratio to the provider `against`, or microseconds where that is "". mode: forward, backward or full.
+    """
+
+    limit: float
+    mode: str = "full"
+    against: str = FLOOR
+    metric: str = "speed"
+
+
+@dataclass(frozen=True)
 class Case:
     """Identical work for several providers.
 
     x is (name, label, value) of the swept size. oracle() is the float64 reference of check(). cost() is the least
-    work per mode. limit is the gate on the ratio of peftkern's full pass to the floor's; it is reported, not asserted.
+    work per mode. limit is short for Gate(limit): the full pass over the floor's. A light case is one cell of the heat
+    map: a few rounds and no memory. config may hold "hidden", "tokens" and "rank", the heat map's axes.
     """
 
     kernel: str
@@ -76,14 +90,20 @@ class Case:
     oracle: Callable[[], Values] | None = None
     cost: Callable[[], Mapping[str, Cost]] = dict
     limit: float | None = None
+    gates: Sequence[Gate] = ()
+    light: bool = False
 
     def row(self, provider: str, mode: str = "full", **more: Any) -> Row:
-        """An empty row of this case."""
+        """An empty row of this case; peftkern's own carries the gates on its mode, a failed one all of them."""
         name, label, value = self.x
         config = {"case": self.label, "dtype": str(self.dtype).removeprefix("torch."), **self.config}
-        if self.limit is not None:
-            config["limit"] = self.limit
-        config |= more.pop("config", {})
+        config |= ({"light": True} if self.light else {}) | more.pop("config", {})
+        if provider == OURS:
+            metric = "peak" if config.get("memory") == "peak" else more.get("metric_name", "speed")
+            failed = more.get("status", "ok") != "ok"
+            marks = [*self.gates, *([] if self.limit is None else [Gate(self.limit)])]
+            found = [vars(gate) for gate in marks if failed or (gate.mode, gate.metric) == (mode, metric)]
+            config |= {"gates": found} if found else {}
         return Row(self.kernel, provider, mode, x_name=name, x_label=label, x_value=value, config=config, **more)
 
 
@@ -91,7 +111,8 @@ class Case:
 class Settings:
     """At most `rounds` and at least `least` rounds, about `seconds` per case, without the providers in `without`.
 
-    announce(stage) is told what is about to run, so that whoever watches knows what died.
+    announce(stage) is told what is about to run, so that whoever watches knows what died. Of a light case the rounds
+    are a third, and memory is not looked at.
     """
 
     rounds: int = 25
@@ -106,6 +127,8 @@ class Settings:
 
 def measure(case: Case, settings: Settings) -> list[Row]:
     """Gate and time every provider of a case; whatever fails becomes a row that says so."""
+    if case.light:
+        settings = replace(settings, rounds=max(settings.least, settings.rounds // 3), seconds=settings.seconds / 3)
     runners, rows = prepare(case, settings)
     timers: dict[tuple[str, str], Callable[[], tuple[float, float]]] = {}
     for name, runner in list(runners.items()):
@@ -121,7 +144,7 @@ def measure(case: Case, settings: Settings) -> list[Row]:
         group = {name: taken for (name, kind), taken in samples.items() if kind == launch}
         rows += _speed_rows(case, group, runners, launch, settings.ceilings)
     died = {row.kernel_provider for row in failures}
-    whole = {name: runner for name, runner in runners.items() if name not in died}
+    whole = {name: runner for name, runner in runners.items() if name not in died and not case.light}
     return rows + failures + _memory_rows(case, whole)
 
 
@@ -304,4 +327,7 @@ def _memory_rows(case: Case, runners: dict[str, Runner]) -> list[Row]:
             row = case.row(name, mode, metric_name="memory", metric_unit="MiB", config={"memory": what})
             row.y, row.backend = (size / 2**20,) * 3, runner.backend
             rows.append(row)
+    for row in rows:
+        others = [o for o in rows if o.config.get("memory") == row.config.get("memory") and o is not row]
+        row.ratios = {o.kernel_provider: (row.y[0] / o.y[0],) * 3 for o in others if row.y[0] >= 0 and o.y[0] > 0}
     return rows

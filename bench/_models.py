@@ -26,6 +26,8 @@ class Model:
     sizes: Mapping[str, Any] = field(hash=False)
     gate_rows: int | None = None
     """Rows of the batch that the correctness gate runs in float64; None for all."""
+    past: int = 0
+    """Tokens per row that a decode step finds in its cache."""
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The same weights at every call."""
@@ -88,6 +90,15 @@ def models(options: Options) -> list[tuple[Model, tuple[torch.dtype, ...]]]:
         (replace(_llama("llama-1b", 4, 1024, 2048, 16, 8192, 32000), gate_rows=1), (torch.bfloat16,)),
         (small, both),
     ]
+
+
+def decoder(options: Options) -> Model:
+    """The model of the decode step: many rows, one new token each."""
+    if options.quick:
+        return replace(_llama("llama-tiny", 2, 1, 64, 2, 128, 500), past=8)
+    if options.device.type == "cpu":
+        return replace(_llama("llama-4x512", 32, 1, 512, 4, 1408, 8192), past=64)
+    return replace(_llama("llama-8b-layers", 32, 1, 4096, 4, 14336, 32000), past=512)
 
 
 def _bert(name: str, batch: int, length: int, hidden: int, layers: int, inner: int, vocabulary: int) -> Model:

@@ -1,4 +1,7 @@
-"""The peers: plain PyTorch as people write it, in-place addmm, torch.compile and Hugging Face PEFT."""
+"""The peers: plain PyTorch as people write it, in-place addmm, torch.compile, Hugging Face PEFT, Unsloth and Liger.
+
+What is not installed raises ImportError when it is built, and its row says "missing".
+"""
 
 from __future__ import annotations
 
@@ -110,6 +113,22 @@ class _Addmm(torch.autograd.Function):
         return dx, None, None, (dh.T @ rows).mul_(ctx.scale), (dy.T @ (rows @ a.T)).mul_(ctx.scale), None
 
 
+class UnslothLoraLinear(LoraLinear):
+    """Unsloth's own autograd function over the same weights: no dropout and no bias, x [batch, length, K]."""
+
+    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float, p: float) -> None:
+        from unsloth.kernels.fast_lora import LoRA_W
+
+        if base.bias is not None or p > 0:
+            raise ValueError("Unsloth's fused LoRA has neither bias nor dropout")
+        super().__init__(base, a, b, scale, p)
+        self.apply_lora: Callable[..., Tensor] = LoRA_W.apply
+
+    def forward(self, x: Tensor) -> Tensor:
+        batched = x if x.dim() == 3 else x[None]
+        return self.apply_lora(batched, self.base.weight, None, self.a, self.b, self.scale).view(*x.shape[:-1], -1)
+
+
 class BottleneckLinear(nn.Module):
     """y + U(relu(D y + b_d)) + b_u after a linear layer: the textbook module, in the adapter's dtype."""
 
@@ -166,6 +185,27 @@ def peft_linear(linear: nn.Linear, a: Tensor, b: Tensor, scale: float, p: float)
     for parameter, value in zip(weights, (a, b), strict=True):
         parameter.data = value.detach().clone()
     return layer, *weights
+
+
+def with_liger(model: nn.Module) -> nn.Module:
+    """The Llama model with Liger's RMS norms and SwiGLU in place, this instance only; it has no kernels of adapters."""
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    from liger_kernel.transformers.rms_norm import LigerRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+    for path, module in list(model.named_modules()):
+        if isinstance(module, LlamaRMSNorm):
+            norm = LigerRMSNorm(module.weight.shape[0], eps=module.variance_epsilon)
+            norm.weight = module.weight
+            model.set_submodule(path, norm)
+        elif isinstance(module, LlamaMLP):
+
+            def forward(x: Tensor, mlp: Any = module) -> Tensor:
+                y: Tensor = mlp.down_proj(LigerSiLUMulFunction.apply(mlp.gate_proj(x), mlp.up_proj(x)))
+                return y
+
+            module.forward = forward  # type: ignore[method-assign]
+    return model
 
 
 def compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:

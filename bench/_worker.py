@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import itertools
+import contextlib
 import json
 import os
-import pkgutil
 import sys
 import time
-from collections.abc import Iterator
 from typing import IO, Any
 
 import torch
 
 from peftkern.errors import PeftkernError
 
-from . import _machine
-from ._measure import Case, DeviceLost, Options, Settings, measure
-
-OUT_OF_TIME = "the time budget is used up"
+from . import _cases, _machine
+from ._clock import one_pass
+from ._measure import OURS, Case, DeviceLost, Options, Settings, measure
+from ._supervise import OUT_OF_TIME
 
 
 def main(argv: list[str]) -> int:
@@ -32,13 +29,15 @@ def main(argv: list[str]) -> int:
 
 def run(job: dict[str, Any], events: IO[str]) -> int:
     """Measure what is asked for: device, only, match, method, quick, compile, rounds, least, seconds, deadline, start,
-    without. Exit code 2 for a user's mistake, 3 when the device was lost."""
+    without; ceilings, when they are known already. With warm = [INDEX, COUNT] every COUNT-th case runs once, untimed.
+    Exit code 2 for a user's mistake, 3 when the device was lost."""
     device = torch.device(job["device"])
     try:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise PeftkernError("--device cuda: torch sees no CUDA device")
-        options = Options(device, job["quick"], job["compile"])
-        cases = [case for case in listed(options, job["only"], job["method"]) if job["match"] in case.label]
+        options = Options(device, job["quick"])
+        found = _cases.listed(options, job["only"], job["method"], job["compile"])
+        cases = [case for case in found if job["match"] in case.label]
         if not cases:
             raise PeftkernError(f"--match {job['match']!r}: no case has this in its label")
     except PeftkernError as error:
@@ -47,8 +46,11 @@ def run(job: dict[str, Any], events: IO[str]) -> int:
     torch.set_float32_matmul_precision("highest")
     if job["quick"]:  # a second thread costs tiny work more than it saves, most of all where cores are shared
         torch.set_num_threads(1)
-    ceilings = _machine.ceilings(device, job["quick"])
-    machine = _machine.describe(device) | {"ceilings": _machine.ceilings_dict(ceilings)}
+    if "warm" in job:
+        return _warm(cases, *job["warm"])
+    known = job.get("ceilings")
+    ceilings = _machine.ceilings_from(known) if known else _machine.ceilings(device, job["quick"])
+    machine = _machine.describe(device) | {"ceilings": known or _machine.ceilings_dict(ceilings)}
     _say(events, event="machine", machine=machine, cases=[(case.kernel, case.label) for case in cases])
     settings = Settings(job["rounds"], job["least"], job["seconds"], ceilings=ceilings)
     if device.type == "cuda":
@@ -56,35 +58,29 @@ def run(job: dict[str, Any], events: IO[str]) -> int:
     return _measure_all(cases, settings, job, events)
 
 
-def listed(options: Options, only: list[str], method: str | None) -> Iterator[Case]:
-    """The cases asked for, of the steps and every op of this folder in turn, so that a budget cuts the tail of each;
-    or those of one installed method on the steps."""
-    from . import step
-
-    if method is not None:
-        yield from step.method_cases(options, method)
-        return
-    wanted = [name for name in op_names() if not only or "op" in only or name in only]
-    sources = [importlib.import_module(f".{name}", __package__) for name in wanted]
-    sources = [step, *sources] if not only or "step" in only else sources
-    for turn in itertools.zip_longest(*(source.cases(options) for source in sources)):
-        yield from (case for case in turn if case is not None)
-
-
-def op_names() -> list[str]:
-    """Files of this folder that time one op."""
-    package = importlib.import_module(__package__)
-    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    return [name for name in names if not name.startswith(("_", "test_")) and name not in ("step", "conftest")]
+def _warm(cases: list[Case], index: int, count: int) -> int:
+    """Run this process's share of the cases once, ours and torch.compile's: the kernels they need are then on disk."""
+    for case in cases[index::count]:
+        for name, build in case.providers.items():
+            # Autotuning is left to the clock's own process: here other work would spoil its choice.
+            if name in (OURS, f"{OURS}.compile", _cases.COMPILED["default"]):
+                with contextlib.suppress(Exception):
+                    runner = build()
+                    (runner.check or dict)()
+                    one_pass(runner)
+                    del runner
+    return 0
 
 
-def _measure_all(cases: list[Case], settings: Settings, job: dict[str, Any], events: IO[str]) -> int:
-    longest = 0.0
+def _measure_all(cases: list[Case | None], settings: Settings, job: dict[str, Any], events: IO[str]) -> int:
+    # A case is not begun when the longest one of its kind (steps, ops, cells of the heat map) would not fit any more.
+    longest: dict[tuple[bool, bool], float] = {}
     without = {int(index): frozenset(names) for index, names in job["without"].items()}
     for index, case in enumerate(cases):
-        if index < job["start"]:
+        if case is None or index < job["start"]:
             continue
-        if time.time() + longest > job["deadline"]:
+        kind = (case.kernel == "step", case.light)
+        if time.time() + longest.get(kind, 0.0) > job["deadline"]:
             rows = [case.row(name, status="not run", note=OUT_OF_TIME) for name in case.providers]
             _say(events, event="rows", case=index, rows=[row.to_dict() for row in rows])
             continue
@@ -96,7 +92,8 @@ def _measure_all(cases: list[Case], settings: Settings, job: dict[str, Any], eve
         except DeviceLost as error:
             _say(events, event="lost", message=str(error))
             return 3
-        longest = max(longest, time.time() - started)
+        longest[kind] = max(longest.get(kind, 0.0), time.time() - started)
+        cases[index] = None  # frees the tensors that all providers of the case share
         _say(events, event="rows", case=index, rows=[row.to_dict() for row in rows])
     _say(events, event="end")
     return 0

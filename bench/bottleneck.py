@@ -15,7 +15,7 @@ from peftkern.ops.bottleneck import reference
 
 from . import _peers
 from ._clock import Runner, Values
-from ._measure import SHORT, Case, Cost, Options
+from ._measure import SHORT, Case, Cost, Gate, Options
 
 _HALF = torch.bfloat16
 _NAMES = ("x", "down", "up", "down_bias", "up_bias")
@@ -31,6 +31,7 @@ class Shape:
     p: float
     dtype: torch.dtype
     adapter: torch.dtype
+    light: bool = False
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -43,29 +44,35 @@ def cases(options: Options) -> Iterator[Case]:
         kinds = ((f32, f32), (_HALF, f32), (_HALF, _HALF))
         shapes = [Shape(2048, k, r, p, *kind) for p in (0.1, 0.0) for k, r in sizes for kind in kinds]
     else:
-        sweep = [(8192, 4096, 64, 0.1), (8192, 4096, 64, 0.0), (8192, 768, 48, 0.1), (8192, 2048, 128, 0.1)]
-        sweep += [(8192, 8192, 64, 0.1), (8192, 4096, 16, 0.1), (8192, 4096, 256, 0.1)]
-        sweep += [(128, 4096, 64, 0.1), (1024, 4096, 64, 0.1), (16384, 4096, 64, 0.1)]
-        shapes = [Shape(*size, _HALF, adapter) for adapter in (f32, _HALF) for size in sweep]
+        sweep = [(8192, 4096, 64, 0.1), (8192, 4096, 64, 0.0), (1024, 768, 48, 0.1), (8192, 8192, 256, 0.1)]
+        sweep += [(8192, 4096, 16, 0.1), (128, 4096, 64, 0.1)]
+        shapes = [Shape(*size, _HALF, f32) for size in sweep] + [Shape(*sweep[0], _HALF, _HALF)]
+        grid = [(h, m, 64) for h in (768, 2048, 4096, 8192) for m in (128, 1024, 8192, 16384)]
+        grid += [(h, m, r) for r in (16, 256) for h in (768, 8192) for m in (128, 8192)]
+        shapes += [Shape(m, h, r, 0.1, _HALF, f32, light=True) for h, m, r in grid]
     for shape in shapes:
         yield _case(options, shape)
 
 
 def _case(options: Options, s: Shape) -> Case:
     config = {"M": s.m, "R": s.r, "p": s.p, "adapter": str(s.adapter).removeprefix("torch."), "activation": "relu"}
-    label = f"{s.m}x{s.k}-{s.r} p{s.p:g} {SHORT[s.dtype]}/{SHORT[s.adapter]}"
+    config |= {"hidden": s.k, "tokens": s.m, "rank": s.r}
+    label = f"{s.m}x{s.k}-{s.r} p{s.p:g} {SHORT[s.dtype]}/{SHORT[s.adapter]}" + (" cell" if s.light else "")
     inputs = functools.cache(lambda: _inputs(options.device, s))
     providers: dict[str, Callable[[], Runner]] = {
         "floor": lambda: _floor(inputs()),
         "torch": lambda: _plain(inputs(), s),
         "peftkern": lambda: _ours(inputs(), s),
     }
-    if options.compile != "none":
+    if options.compile != "none" and not s.light:
         providers["torch.compile"] = lambda: _plain(inputs(), s, options.compile)
     x = ("K", "hidden width", s.k)
+    gates = []
+    if options.device.type == "cuda" and (s.m, s.k, s.r, s.light) == (8192, 4096, 64, False):
+        gates = [Gate(50.0, "forward", ""), Gate(66.0, "backward", "")]
     return Case(
         "bottleneck", label, x, config, options.device, s.dtype, providers, lambda: _oracle(inputs(), s),
-        lambda: _cost(s),
+        lambda: _cost(s), gates=gates, light=s.light,
     )  # fmt: skip
 
 
@@ -93,9 +100,10 @@ def _leaves(t: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str,
 def _floor(t: dict[str, Tensor]) -> Runner:
     """The six products alone: two of the forward, four of the backward.
 
-    In the dtype the adapter is computed in: f32 where it is kept in f32, with x and dy converted beforehand.
+    On a CPU in the dtype the adapter is computed in: f32 where it is kept in f32, with x and dy converted beforehand.
+    On a GPU, where f32 products would take several times as long, in the dtype of x.
     """
-    compute = torch.promote_types(t["x"].dtype, t["down"].dtype)
+    compute = torch.promote_types(t["x"].dtype, t["down"].dtype) if t["x"].device.type == "cpu" else t["x"].dtype
     x, dy, down, up = (t[name].to(compute) for name in ("x", "dy", "down", "up"))
     z = x @ down.T
 

@@ -16,10 +16,11 @@ from peftkern.ops.low_rank import reference
 
 from . import _peers
 from ._clock import Runner, Values
-from ._measure import SHORT, Case, Cost, Options
+from ._measure import SHORT, Case, Cost, Gate, Options
 
 _SCALE = 2.0
 _HALF = torch.bfloat16
+_GATED = (8192, 4096, 4096, 16)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Shape:
     dtype: torch.dtype
     adapter: torch.dtype
     train: bool = True
+    bias: bool = True
+    light: bool = False
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -47,6 +50,7 @@ def _shapes(options: Options) -> Iterator[Shape]:
     if options.quick:
         yield Shape(64, 96, 160, 8, 0.1, f32, f32)
         yield Shape(64, 96, 160, 8, 0.1, _HALF, f32)
+        yield Shape(32, 96, 96, 8, 0.1, f32, f32, light=True)
         return
     if options.device.type == "cpu":
         for p in (0.1, 0.0):
@@ -58,20 +62,32 @@ def _shapes(options: Options) -> Iterator[Shape]:
             yield Shape(512, 2048, 2048, 16, 0.1, dtype, f32)
             yield Shape(1, 64, 64, 8, 0.0, dtype, f32, train=False)
         return
-    centre: dict[str, Any] = {"m": 8192, "k": 4096, "n": 4096, "r": 16, "p": 0.1}
-    sweep: list[dict[str, Any]] = [{}, {"p": 0.0}, {"k": 4096, "n": 14336}]
-    sweep += [{"k": h, "n": h} for h in (768, 2048, 8192)]
-    sweep += [{"r": r} for r in (8, 64, 256)] + [{"m": m} for m in (128, 1024, 16384)]
-    for adapter in (f32, _HALF):
-        for change in sweep:
-            yield Shape(**(centre | change), dtype=_HALF, adapter=adapter)
-    yield Shape(1, 4096, 4096, 16, 0.0, _HALF, f32, train=False)
+    yield from _gpu_shapes()
+
+
+def _gpu_shapes() -> Iterator[Shape]:
+    """Without bias, as in a Llama. First what is gated, then one change at a time, then the grid of the heat map."""
+    f32 = torch.float32
+    kind: dict[str, Any] = {"dtype": _HALF, "adapter": f32, "bias": False}
+    centre = kind | {"m": 8192, "k": 4096, "n": 4096, "r": 16, "p": 0.1}
+    changes: list[dict[str, Any]] = [{}, {"p": 0.0}, {"adapter": _HALF}, {"k": 4096, "n": 14336}]
+    changes += [{"m": 1, "p": 0.0, "train": False}, {"r": 64}, {"r": 256}, {"m": 1024, "k": 768, "n": 768, "r": 8}]
+    changes += [{"k": 8192, "n": 8192}, {"m": 128}, {"adapter": _HALF, "p": 0.0}, {"dtype": f32, "m": 2048}]
+    changes += [{"m": 32, "p": 0.0, "train": False}]
+    for change in changes:
+        yield Shape(**(centre | change))
+    grid = [(h, m, 16) for h in (768, 2048, 4096, 8192) for m in (128, 1024, 8192, 16384)]
+    grid += [(h, m, r) for r in (8, 64, 256) for h in (768, 8192) for m in (128, 8192)]
+    for hidden, m, r in grid:
+        yield Shape(m, hidden, hidden, r, 0.1, **kind, light=True)
 
 
 def _case(options: Options, shape: Shape) -> Case:
     adapter = str(shape.adapter).removeprefix("torch.")
     label = f"{shape.m}x{shape.k}->{shape.n} r{shape.r} p{shape.p:g} {SHORT[shape.dtype]}/{SHORT[shape.adapter]}"
+    label += ("" if shape.train else " no grad") + (" cell" if shape.light else "")
     config = {"M": shape.m, "N": shape.n, "R": shape.r, "p": shape.p, "adapter": adapter, "grad": shape.train}
+    config |= {"hidden": shape.k, "tokens": shape.m, "rank": shape.r, "bias": shape.bias}
     inputs = functools.cache(lambda: _Inputs(options.device, shape))
     providers: dict[str, Callable[[], Runner]] = {
         "floor": lambda: _floor(inputs()),
@@ -80,14 +96,19 @@ def _case(options: Options, shape: Shape) -> Case:
     }
     if shape.p == 0.0 and not options.quick:
         providers["addmm"] = lambda: _module(inputs(), _peers.AddmmLoraLinear)
-    if not options.quick:
+    if not (options.quick or shape.light):
         providers["peft"] = lambda: _peft(inputs())
-    if options.compile != "none":
+    if shape.p == 0.0 and not shape.bias and shape.train and shape.adapter == shape.dtype:
+        providers["unsloth"] = lambda: _module(inputs(), _peers.UnslothLoraLinear)
+    if options.compile != "none" and not shape.light:
         providers["torch.compile"] = lambda: _module(inputs(), _peers.LoraLinear, options.compile)
     x = ("K", "input width", shape.k)
+    gates = []
+    if options.device.type == "cuda" and not shape.light and (shape.m, shape.k, shape.n, shape.r) == _GATED:
+        gates = [Gate(1.09, "forward"), Gate(1.18, "backward")]
     return Case(
-        "low_rank", label + ("" if shape.train else " no grad"), x, config, options.device, shape.dtype, providers,
-        lambda: _oracle(inputs()), lambda: _cost(shape),
+        "low_rank", label, x, config, options.device, shape.dtype, providers,
+        lambda: _oracle(inputs()), lambda: _cost(shape), gates=gates, light=shape.light,
     )  # fmt: skip
 
 
@@ -103,17 +124,21 @@ class _Inputs:
         s = self.shape = shape
         self.x, self.dy = rand(s.m, s.k, dtype=s.dtype), rand(s.m, s.n, dtype=s.dtype)
         self.weight = (rand(s.n, s.k, dtype=torch.float32) / s.k**0.5).to(s.dtype)
-        self.bias = rand(s.n, dtype=s.dtype)
+        self.bias = rand(s.n, dtype=s.dtype) if s.bias else None
         self.a = (rand(s.r, s.k, dtype=torch.float32) / s.k**0.5).to(s.adapter)
         self.b = (rand(s.n, s.r, dtype=torch.float32) / s.r**0.5).to(s.adapter)
         self.seed = torch.tensor([20240613], device=device)
 
     def linear(self) -> nn.Linear:
         """The frozen base layer."""
-        base = nn.Linear(self.shape.k, self.shape.n, device="meta")
+        base = nn.Linear(self.shape.k, self.shape.n, bias=self.bias is not None, device="meta")
         base.weight = nn.Parameter(self.weight, requires_grad=False)
-        base.bias = nn.Parameter(self.bias, requires_grad=False)
+        base.bias = None if self.bias is None else nn.Parameter(self.bias, requires_grad=False)
         return base
+
+    def frozen(self) -> tuple[Tensor, ...]:
+        """What the base layer holds."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 
 def _runner(
@@ -122,7 +147,7 @@ def _runner(
 ) -> Runner:  # fmt: skip
     if not t.shape.train:
         return _peers.inference(function, backend=backend)
-    parameters = (t.weight, t.bias, *(leaves[name] for name in ("a", "b")))
+    parameters = (*t.frozen(), *(leaves[name] for name in ("a", "b")))
     return _peers.differentiable(function, leaves, t.dy, off=off, on=on, backend=backend, parameters=parameters)
 
 
@@ -131,7 +156,7 @@ def _floor(t: _Inputs) -> Runner:
     if not t.shape.train:
         return _peers.inference(lambda: F.linear(x, t.weight, t.bias), gated=False)
     return _peers.differentiable(
-        lambda: F.linear(x, t.weight, t.bias), {"x": x}, t.dy, parameters=(t.weight, t.bias)
+        lambda: F.linear(x, t.weight, t.bias), {"x": x}, t.dy, parameters=t.frozen()
     )
 
 
@@ -168,7 +193,7 @@ def _layer(t: _Inputs, layer: nn.Module, call: Callable[[Tensor], Tensor], x: Te
 
 def _oracle(t: _Inputs) -> Values:
     x, a, b = (_peers.leaf(v.double()) for v in (t.x, t.a, t.b))
-    weight, bias = t.weight.double(), t.bias.double()
+    weight, bias = t.weight.double(), None if t.bias is None else t.bias.double()
 
     def run(p: float = 0.0, seed: Tensor | None = None) -> Tensor:
         return reference(x, a, b, scale=_SCALE, weight=weight, bias=bias, p=p, seed=seed)

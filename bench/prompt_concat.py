@@ -15,7 +15,7 @@ from peftkern.ops.prompt_concat import IGNORED, Prompted, reference
 
 from . import _peers
 from ._clock import Runner, Values
-from ._measure import SHORT, Case, Cost, Options
+from ._measure import SHORT, Case, Cost, Gate, Options
 
 _HALF = torch.bfloat16
 _VOCABULARY = 8192
@@ -53,6 +53,7 @@ def _case(options: Options, s: Shape) -> Case:
     side = "left" if s.left else "right"
     label = f"B{s.b} S{s.s} T{s.t} H{s.h} {side} {SHORT[s.dtype]}/f32"
     config = {"B": s.b, "S": s.s, "T": s.t, "padding": side, "adapter": "float32"}
+    config |= {"hidden": s.h, "tokens": s.b * s.s, "rank": s.t}
     inputs = functools.cache(lambda: _inputs(options.device, s))
     providers: dict[str, Callable[[], Runner]] = {
         "floor": lambda: _floor(inputs()),
@@ -64,7 +65,7 @@ def _case(options: Options, s: Shape) -> Case:
     x = ("H", "hidden width", s.h)
     return Case(
         "prompt_concat", label, x, config, options.device, s.dtype, providers, lambda: _oracle(inputs()),
-        lambda: _cost(s),
+        lambda: _cost(s), gates=[Gate(1.3, "forward")] if options.device.type == "cuda" else [],
     )  # fmt: skip
 
 

@@ -6,8 +6,9 @@ The floor is the same frozen model with a gradient flowing through it and no ada
 from __future__ import annotations
 
 import functools
+import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 import peftkern as pk
 from peftkern import dispatch, registry
 
-from . import _peers
+from . import _decode, _peers
 from ._clock import Runner, Values
-from ._measure import FLOOR, OURS, SHORT, YARDSTICK, Case, Cost, Options
+from ._measure import FLOOR, OURS, SHORT, YARDSTICK, Case, Cost, Gate, Options
 from ._models import PROMPT, Model, models
 
 _R, _ALPHA = 8, 16.0
@@ -52,10 +53,26 @@ LIMITS = {torch.float32: 1.25, torch.bfloat16: 1.35}
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """Every method on the first model, the main ones on the others; the most telling cases first."""
+    """Training steps and a decode step; the most telling cases first."""
+    found = _gpu_cases(options) if options.device.type == "cuda" and not options.quick else _cpu_cases(options)
+    yield from itertools.islice(found, 1)
+    yield from _decode.cases(options)
+    yield from found
+
+
+def _cpu_cases(options: Options) -> Iterator[Case]:
+    """Every method on the first model, the main ones on the others."""
     for index, (model, dtypes) in enumerate(models(options)):
         main = _MAIN[:2] if options.quick else _MAIN
         for method in METHODS if index == 0 and not options.quick else main:
+            for dtype in dtypes:
+                yield _case(options, model, method, dtype)
+
+
+def _gpu_cases(options: Options) -> Iterator[Case]:
+    """Every model with the main method before any model with the next: a budget then cuts methods, not models."""
+    for method in (METHODS[0], METHODS[2], METHODS[1], METHODS[5], METHODS[6]):
+        for model, dtypes in models(options):
             for dtype in dtypes:
                 yield _case(options, model, method, dtype)
 
@@ -90,11 +107,29 @@ def _case(options: Options, model: Model, method: Method, dtype: torch.dtype) ->
     if options.compile != "none" and method.kind == "lora":
         providers["torch.compile"] = functools.partial(build, _PLAIN["lora"], mode=options.compile)
         providers["peftkern.compile"] = functools.partial(build, _ours, mode=options.compile)
+    if method.kind == "lora" and model.family == "llama" and options.device.type == "cuda":
+        providers["peft+liger"] = functools.partial(build, _peft_liger)
+        if method.p == 0.0:
+            providers["unsloth"] = functools.partial(build, _unsloth_lora)
     config = {"method": method.kind, "targets": method.targets, "p": method.p}
     oracle = functools.partial(_reference, options, model, method, dtype)
-    gated = method is METHODS[0] and model.name == "bert-6x384" and options.device.type == "cpu"
-    limit = LIMITS[dtype] if gated else None
-    return _assemble(options, model, method.label, dtype, config, providers, oracle, limit)
+    return _assemble(
+        options, model, method.label, dtype, config, providers, oracle, _gates(options, model, method, dtype)
+    )
+
+
+def _gates(options: Options, model: Model, method: Method, dtype: torch.dtype) -> list[Gate]:
+    """Marks on LoRA on all linear layers: against the floor on the small BERT, against peers on a Llama's layers."""
+    if method.kind != "lora" or method.targets != "all_linear" or options.quick:
+        return []
+    if options.device.type == "cpu":
+        return [Gate(LIMITS[dtype])] if model.name == "bert-6x384" and method.p else []
+    if model.name != "llama-8b-layers":
+        return []
+    # The fused addmm has no dropout, so that its mark belongs to the step without.
+    if method.p == 0.0:
+        return [Gate(1 / 1.1, "full", "addmm")]
+    return [Gate(1 / 1.3, "full", "peft"), Gate(0.8, "full", "peft", "peak")]
 
 
 def _assemble(
@@ -105,13 +140,13 @@ def _assemble(
     config: dict[str, Any],
     providers: Mapping[str, Callable[[], Runner]],
     oracle: Callable[[], Values],
-    limit: float | None = None,
+    gates: Sequence[Gate] = (),
 ) -> Case:
     whole = {"model": model.name, "batch": model.batch, "length": model.length, **config}
     x = ("tokens", "tokens per step", model.batch * model.length)
     label = f"{model.name} {label} {SHORT[dtype]}"
     return Case("step", label, x, whole, options.device, dtype, providers, oracle,
-                lambda: _cost(options, model, dtype), limit)  # fmt: skip
+                lambda: _cost(options, model, dtype), gates=gates)  # fmt: skip
 
 
 class _Step:
@@ -187,12 +222,17 @@ def _runner(
 
 
 def _step(options: Options, model: Model, method: Method, dtype: torch.dtype, build: Build) -> _Step:
-    base = model.build(options.device, dtype)
+    module, trained = adapted(model, method, model.build(options.device, dtype), build)
+    return _Step(model, module.train(), trained)
+
+
+def adapted(model: Model, method: Method, base: nn.Module, build: Build) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """The model with its adapter, whose weights are the same whoever built it, and what trains, by name."""
     module, trained = build(model, method, base)
     if method.kind != "full":
         for name, parameter in trained.items():
             parameter.data.copy_(_value(name, parameter.shape))
-    return _Step(model, module.train(), trained)
+    return module, trained
 
 
 def _value(name: str, shape: torch.Size) -> Tensor:
@@ -249,6 +289,10 @@ def _addmm_lora(model: Model, method: Method, base: nn.Module) -> tuple[nn.Modul
     return _replace_lora(model, method, base, _peers.AddmmLoraLinear)
 
 
+def _unsloth_lora(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    return _replace_lora(model, method, base, _peers.UnslothLoraLinear)
+
+
 def _replace_lora(
     model: Model, method: Method, base: nn.Module, kind: type[_peers.LoraLinear]
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
@@ -301,12 +345,21 @@ def _peft(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dic
     return module, trained
 
 
+def _peft_liger(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    module, trained = _peft(model, method, base)
+    return _peers.with_liger(module), trained
+
+
 _PLAIN: Mapping[str, Build] = {
     "lora": _plain_lora,
     "adapter": _plain_bottleneck,
     "prompt": _plain_prompt,
     "full": _plain_full,
 }
+
+
+PROVIDERS: Mapping[str, Build] = {"plain": _plain_lora, "addmm": _addmm_lora, "peft": _peft, "ours": _ours}
+"""Who builds LoRA, by the names that the decode step uses."""
 
 
 def _linears(base: nn.Module, wanted: Callable[[str], bool]) -> list[tuple[str, nn.Linear]]:

@@ -50,10 +50,16 @@ _TILES: dict[tuple[str, str], _Rows] = {
     ("fused", "float"): {64: (32, 32, 64, 4, 2), 128: (32, 32, 128, 8, 2)},
 }
 
-# Where an architecture's registers or instructions want another row than the one above.
+# Where an architecture's registers or instructions want another row than the one above: with these nothing spills.
 _OVERRIDES: dict[tuple[str, str, str], _Rows] = {
     ("sm80", "row", "split"): {64: (64, 32, 64, 4, 3)},
-    ("sm80", "column", "half"): {64: (32, 128, 64, 8, 2)},
+    ("sm80", "expand", "split"): {64: (64, 64, 32, 4, 2), 128: (64, 64, 32, 8, 2)},
+    ("sm80", "column", "half"): {64: (32, 64, 64, 8, 2)},
+    ("sm80", "column", "split"): {64: (32, 32, 64, 4, 2)},
+    ("sm80", "column", "float"): {64: (32, 64, 64, 8, 2), 128: (32, 32, 128, 8, 2)},
+    ("sm90", "column", "float"): {64: (32, 32, 64, 4, 2)},
+    ("sm100", "row", "split"): {16: (64, 32, 16, 4, 4)},
+    ("sm100", "row", "float"): {32: (64, 32, 32, 4, 3), 64: (64, 32, 64, 8, 3)},
     ("gfx942", "row", "split"): {128: (64, 32, 128, 4, 3)},
     ("gfx942", "column", "half"): {128: (32, 32, 128, 4, 2)},
     ("gfx942", "column", "split"): {32: (32, 64, 32, 4, 2), 128: (32, 32, 128, 4, 2)},

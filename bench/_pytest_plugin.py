@@ -1,0 +1,68 @@
+"""pytest plugin of the benchmark's own test run: the tests of one device, a share of them, outcomes as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("peftkern-bench")
+    group.addoption("--bench-device", choices=tuple(_BACKENDS), required=True)
+    group.addoption("--bench-shard", default="0/1", help="INDEX/COUNT")
+    group.addoption("--bench-report", type=Path, required=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA or ROCm device")
+    config.pluginmanager.register(_Report(config.getoption("--bench-report")), "peftkern-bench-report")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep this process's share of the device's tests."""
+    index, count = map(int, config.getoption("--bench-shard").split("/"))
+    device = config.getoption("--bench-device")
+    wanted = [item for item in items if _is_wanted(item, device)]
+    items[:] = wanted[index::count]
+
+
+def _is_wanted(item: pytest.Item, device: str) -> bool:
+    """On cuda what is marked gpu, on the CPU what else tests/gpu holds; every op on the device's backends."""
+    marked = item.get_closest_marker("gpu") is not None
+    parameters: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
+    if parameters.get("backend") in _BACKENDS[device]:
+        return True
+    folder = item.path.parent.name
+    if device == "cuda":
+        return marked or (folder == "kernels" and item.path.name != "test_aot.py")
+    return folder == "gpu" and not marked
+
+
+class _Report:
+    """One line for what was collected and one per test, written at once: a killed process leaves what it knew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._say(collected=len(session.items))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.passed:
+            return
+        why = ""
+        if report.skipped and isinstance(report.longrepr, tuple):
+            why = report.longrepr[2].removeprefix("Skipped: ")
+        elif report.failed:
+            lines = [line for line in str(report.longrepr).splitlines() if line.startswith("E")]
+            why = (lines or str(report.longrepr).splitlines()[-1:] or [""])[0].removeprefix("E").strip()[:300]
+        self._say(test=report.nodeid, outcome=report.outcome, why=why)
+
+    def _say(self, **line: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
