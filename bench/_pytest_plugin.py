@@ -24,11 +24,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep this process's share of the device's tests."""
+    """Keep this process's share of the device's tests; those that fill the memory run one after the other, in one."""
     index, count = map(int, config.getoption("--bench-shard").split("/"))
     device = config.getoption("--bench-device")
     wanted = [item for item in items if _is_wanted(item, device)]
-    items[:] = wanted[index::count]
+    large = [item for item in wanted if item.path.name == "test_large.py"]
+    others = [item for item in wanted if item.path.name != "test_large.py"]
+    items[:] = others[index::count] + (large if index == 0 else [])
 
 
 def _is_wanted(item: pytest.Item, device: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ _PEERS = {PEER: "Hugging Face PEFT", "addmm": "in-place addmm", YARDSTICK: "eage
 _PEERS |= {name: name for name in ("torch.compile", "torch.compile max-autotune", "peft+liger", "unsloth")}
 _OPS_SHOWN = 4
 """Cases of each op that the tables show, the first ones of the file: the most telling."""
+_WIDTH = 150
+_STEPS = (
+    "Whole steps, adapters in f32, LoRA of rank 8: time over the *frozen floor*, the same model with a gradient "
+    "flowing through it and no adapter; medians of interleaved rounds, 20 to 80 % in brackets."
+)
+_OPS = (
+    "Ops alone, forward and backward: time over the least that any implementation does (low_rank: the base layer; "
+    "bottleneck: its matrix products; prompt_concat: a copy of the output; others: see their file in bench/)."
+)
 OLDER = "**Measured on an older revision: the kernels have changed since.**"
 NO_GPU = "No GPU figure has been measured."
 
@@ -78,9 +88,8 @@ def _device_section(folder: Path, top: Path) -> str:
         ]  # fmt: skip
     machine = files[-1]["machine"]
     name = machine["gpu_name"] or machine["cpu_name"]
-    lines = [f"### Figures: {name}", *[_provenance(file, top) for file in files], ""]
-    lines += _tables(rows)
-    return "\n".join(lines)
+    parts = [f"### Figures: {name}", *(_provenance(file, top) for file in files), *_tables(rows)]
+    return "\n\n".join(parts)
 
 
 def _provenance(file: dict[str, Any], top: Path) -> str:
@@ -90,28 +99,29 @@ def _provenance(file: dict[str, Any], top: Path) -> str:
         where = f"CUDA {machine['cuda']}"
     parts = [where, *(f"{key} {versions[key]}" for key in ("torch", "triton", "peft") if versions.get(key))]
     parts += [f"revision {machine['git_revision'] or 'unknown'}", str(file["timestamp"])[:10]]
-    text = f"\n[{file['path'].name}]({file['path'].relative_to(top).as_posix()}): {', '.join(parts)}."
+    text = f"[{file['path'].name}]({file['path'].relative_to(top).as_posix()}): {', '.join(parts)}."
     if machine["device"] == "cpu" and machine["load_average"] > 0.5:
         load = f"{machine['load_average']:.1f}"
         text += f" Other work ran on the machine (load {load}): read the order, not the second digit."
     tests = file.get("tests")
     if tests is not None:
         text += f" Correctness tests before the run: {tests['outcome']} ({tests['summary']})."
+    gates = [gate for gate in file.get("gates", ()) if gate["met"] is not None]
+    if gates:
+        text += f" {sum(gate['met'] for gate in gates)} of {len(gates)} gates met"
+        missed = [f"{gate['case']}: {gate['wanted']}" for gate in gates if not gate["met"]]
+        text += f"; missed: {'; '.join(missed)}." if missed else "."
     if not file["complete"]:
         text += " The time budget cut the run short."
     if machine["kernel_sources_sha256"] != kernel_hash(machine["device"], top):
         text += f" {OLDER}"
-    return text
+    return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _tables(rows: list[Row]) -> list[str]:
     steps = [row for row in rows if row.kernel_name == "step"]
-    lines = _table(
-        steps, "Whole steps: time over the *frozen floor*, the same model with a gradient flowing through it and no "
-        "adapter (median, 20 to 80 % in brackets).", None,
-    )  # fmt: skip
     ops = [row for row in rows if row.kernel_name != "step" and not row.config.get("light")]
-    return lines + _table(ops, "Ops alone, forward and backward: time over what no adapter could avoid.", _OPS_SHOWN)
+    return [*_table(steps, _STEPS, None), *_table(ops, _OPS, _OPS_SHOWN)]
 
 
 def _table(rows: list[Row], title: str, most: int | None) -> list[str]:
@@ -131,12 +141,13 @@ def _table(rows: list[Row], title: str, most: int | None) -> list[str]:
         return []
     peers = [name for name in _PEERS if any(_ratio(found, name) for found in groups.values())]
     saved = any(_saved(found) for found in groups.values())
-    head = ["", "peftkern", *(_PEERS[name] for name in peers), *(["saved for backward, MiB: peftkern / PEFT"] * saved)]
-    lines = [title, "", _line(head), _line(["---"] * len(head))]
+    head = [" ", "peftkern", *(_PEERS[name] for name in peers), *(["saved for backward, MiB: peftkern / PEFT"] * saved)]
+    lines = [_line(head), "|" + "---|" * len(head)]
     for case, found in groups.items():
         cells = [_ratio(found, OURS), *(_ratio(found, name) for name in peers), *([_saved(found)] * saved)]
-        lines.append(_line([case.removeprefix("step "), *cells]))
-    return [*lines, ""]
+        size = f", {found[0].x_value:g} {found[0].x_name}" if found[0].kernel_name == "step" else ""
+        lines.append(_line([case.removeprefix("step ") + size, *cells]))
+    return [textwrap.fill(title, _WIDTH), "\n".join(lines)]
 
 
 def _line(cells: list[str]) -> str:

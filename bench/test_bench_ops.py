@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from ._cases import op_names
 from ._clock import one_pass
 from ._measure import YARDSTICK, Case, Options, Settings, prepare
-from ._worker import op_names
 
 pytest.importorskip("pytest_benchmark")
 _OPTIONS = Options(torch.device("cuda" if torch.cuda.is_available() else "cpu"), quick=True)

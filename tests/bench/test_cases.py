@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import peftkern as pk
-from bench import _models, _worker, step
+from bench import _cases, _decode, _models, step
 from bench._measure import Options, Settings, measure, prepare
 
 CPU = Options(torch.device("cpu"), quick=True)
@@ -15,7 +15,7 @@ TINY = [model for model, _ in _models.models(CPU)]
 SETTINGS = Settings(rounds=1, least=1, seconds=0.0)
 
 
-OPS = list(_worker.listed(CPU, ["op"], None))
+OPS = list(_cases.listed(CPU, ["op"], None))
 
 
 @pytest.mark.parametrize("case", OPS, ids=lambda case: f"{case.kernel}-{case.label}")
@@ -59,14 +59,20 @@ def test_unknown_method_raises_before_anything_is_built():
         list(step.method_cases(CPU, "bitfti"))
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_labels_tell_cases_apart(device):
-    cases = list(_worker.listed(Options(torch.device(device)), [], None))
-    labels = [(case.kernel, case.label) for case in cases]
-    assert len(labels) == len(set(labels))
-    assert {case.kernel for case in cases} == {"step", *_worker.op_names()}
-
-
-def test_the_gate_on_lora_belongs_to_the_small_bert():
-    limits = {case.label: case.limit for case in step.cases(FULL) if case.limit is not None}
-    assert limits == {"bert-6x384 lora all p0.1 f32": 1.25, "bert-6x384 lora all p0.1 bf16": 1.35}
+def test_the_decode_step_passes_the_gate_and_leaves_its_cache_alone():
+    pytest.importorskip("peft")
+    (case,) = _decode.cases(dataclasses.replace(CPU, quick=False))
+    small = dataclasses.replace(_models.decoder(CPU))
+    providers = {
+        name: (lambda kind=kind: _decode._runner(CPU, small, torch.bfloat16, kind))
+        for name, kind in (("torch", "plain"), ("peftkern", "ours"), ("addmm", "addmm"), ("peft", "peft"))
+    }
+    assert set(providers) | {"floor"} == set(case.providers)
+    oracle = lambda: _decode._reference(CPU, small, torch.bfloat16)  # noqa: E731
+    runners, rows = prepare(dataclasses.replace(case, providers=providers, oracle=oracle), SETTINGS)
+    assert not rows and set(runners) == set(providers), [row.note for row in rows]
+    runner = runners["peftkern"]
+    first = runner.check()["y"]
+    runner.reset()
+    runner.forward()
+    assert torch.equal(runner.check()["y"], first)

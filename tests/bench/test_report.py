@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from bench import _report
+from bench import _plots, _report
 from bench._row import Row
-from bench._run import Result
+from bench._supervise import Result
 
 LIGER = (
     "kernel_name,kernel_provider,kernel_operation_mode,metric_name,metric_unit,x_name,x_label,x_value,y_value_50,"
@@ -17,10 +17,14 @@ LIGER = (
 )
 
 
+GATE = {"limit": 1.25, "mode": "full", "against": "floor", "metric": "speed"}
+
+
 @pytest.fixture
 def result() -> Result:
-    ok = Row("low_rank", "peftkern", "full", "K", "input width", 64.0, {"case": "64", "limit": 1.25}, y=(2.0, 1.9, 2.1))
-    ok.ratios = {"floor": (1.2, 1.1, 1.3), "peft": (1.05, 1.0, 1.1)}
+    config = {"case": "64", "gates": [GATE], "M": 128, "R": 8}
+    ok = Row("low_rank", "peftkern", "full", "K", "input width", 64.0, config, y=(2.0, 1.9, 2.1))
+    ok.ratios = {"floor": (1.2, 1.1, 1.3), "peft": (1.05, 1.0, 1.1), "torch": (0.9, 0.8, 0.95)}
     ok.backend, ok.gbps, ok.percent_of_floor = "cpu", 12.5, 61.0
     failed = Row("low_rank", "peft", "full", config={"case": "64"}, status="missing")
     failed.note = 'No module named "peft", sorry'
@@ -50,18 +54,39 @@ def test_json_is_strict_and_whole(result):
 
 
 def test_gates_report(result):
-    floor, peft = _report.gates(result)
-    assert floor["met"] is True and floor["ratio"] == [1.2, 1.1, 1.3]
-    assert peft["met"] is False
+    floor, peft, eager = _report.gates(result)
+    assert floor["met"] is True and floor["value"] == [1.2, 1.1, 1.3]
+    assert peft["met"] is False and eager["met"] is True
     result.rows[0].ratios = {"peft": (math.nan,) * 3}
     assert [gate["met"] for gate in _report.gates(result)] == [None, None]
+
+
+def test_gates_in_microseconds_and_on_memory(result):
+    row = result.rows[0]
+    row.kernel_operation_mode, row.ratios = "forward", {}
+    row.config["gates"] = [{"limit": 1950.0, "mode": "forward", "against": "", "metric": "speed"}]
+    (gate,) = _report.gates(result)
+    assert (gate["wanted"], gate["value"], gate["met"]) == ("forward <= 1950 us", [2000.0, 1900.0, 2100.0], False)
+    row.metric_name, row.ratios = "memory", {"peft": (0.7, 0.7, 0.7)}
+    row.config["gates"] = [{"limit": 0.8, "mode": "full", "against": "peft", "metric": "peak"}]
+    (gate,) = _report.gates(result)
+    assert (gate["wanted"], gate["met"]) == ("peak memory <= 0.8 x peft", True)
+
+
+def test_a_shape_slower_than_eager_pytorch_is_a_missed_gate(result):
+    result.rows[0].ratios = {"torch": (1.1, 1.0, 1.2)}
+    assert "gate MISSED: low_rank 64: full pass not slower than eager PyTorch 1.100" in _report.table(result)
+    result.rows[0].kernel_name = "step"
+    assert not any("eager" in gate["wanted"] for gate in _report.gates(result))
 
 
 def test_inference_has_its_gate_too(result):
     row = result.rows[0]
     row.kernel_operation_mode, row.config = "forward", {"case": "64", "grad": False}
-    (gate,) = _report.gates(result)
-    assert gate["wanted"] == "forward without grad not slower than Hugging Face PEFT"
+    assert [gate["wanted"] for gate in _report.gates(result)] == [
+        "forward without grad not slower than Hugging Face PEFT",
+        "forward without grad not slower than eager PyTorch",
+    ]
     row.config = {"case": "64", "grad": True}
     assert _report.gates(result) == []
 
@@ -97,11 +122,38 @@ def test_files_are_replaced_whole_or_not_at_all(result, tmp_path, monkeypatch):
 
 def test_plot_needs_ratios(result):
     pytest.importorskip("matplotlib")
-    assert _report.plot(result)[:4] == b"\x89PNG"
+    assert {end: picture[:4] for end, picture in _plots.pictures(result).items()} == {
+        ".png": b"\x89PNG",
+        "-heat.png": b"\x89PNG",
+    }
     result.rows.clear()
-    assert _report.plot(result) is None
+    assert _plots.pictures(result) == {}
+
+
+def test_the_heat_map_shows_the_worst_case_of_a_cell(result):
+    again = Row.from_dict(result.rows[0].to_dict())
+    again.ratios["torch"] = (1.3, 1.2, 1.4)
+    graph = Row.from_dict(result.rows[0].to_dict())
+    graph.config["launch"] = "graph"
+    step = Row.from_dict(result.rows[0].to_dict())
+    step.kernel_name = "step"
+    result.rows += [again, graph, step]
+    assert _plots.heat_cells(result) == {
+        ("low_rank", ""): {8: {(64.0, 128): 1.3}},
+        ("low_rank", "graph"): {8: {(64.0, 128): 0.9}},
+    }
+
+
+def test_cells_of_the_heat_map_take_one_line_of_the_table(result):
+    for row in result.rows:
+        row.config["light"] = True
+    peer = Row("low_rank", "torch", "full", config={"case": "64", "light": True}, y=(1.0, 1.0, 1.0))
+    result.rows.append(peer)
+    lines = _report.table(result).splitlines()
+    assert sum("low_rank 64" in line for line in lines if not line.startswith("gate")) == 1
+    assert any("missing" in line for line in lines)
 
 
 def test_slug():
     assert _report.slug({"gpu_name": "NVIDIA H100 80GB HBM3"}) == "nvidia-h100-80gb-hbm3"
-    assert _report.slug({"cpu_name": "AMD EPYC", "threads": 2}) == "cpu-amd-epyc-2-threads"
+    assert _report.slug({"cpu_name": "AMD EPYC", "threads": 2}) == "cpu"
