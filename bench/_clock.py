@@ -34,11 +34,14 @@ class Runner:
 
 
 def timer(
-    runner: Runner, device: torch.device, launch: str, flush: Tensor | None
+    runner: Runner, device: torch.device, launch: str, flush: Tensor | None, pool: Any = None
 ) -> Callable[[], tuple[float, float]]:
-    """A warmed-up function that takes one sample: seconds of forward and of backward."""
+    """A warmed-up function that takes one sample: seconds of forward and of backward.
+
+    Graphs with the same `pool` share their memory: they run one at a time, and nobody reads what they leave.
+    """
     if launch == "graph":
-        return _graph_timer(runner, flush)
+        return _graph_timer(runner, flush, pool)
     for _ in range(2 if device.type == "cpu" else 5):
         one_pass(runner)
     if device.type == "cuda":
@@ -91,12 +94,12 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def _graph_timer(runner: Runner, flush: Tensor | None) -> Callable[[], tuple[float, float]]:
+def _graph_timer(runner: Runner, flush: Tensor | None, pool: Any) -> Callable[[], tuple[float, float]]:
     """CUDA graphs of forward and of forward with backward; backward is their difference."""
-    graphs = [_capture(runner, runner.forward)]
+    graphs = [_capture(runner, runner.forward, pool)]
     backward = runner.backward
     if backward is not None:
-        graphs.append(_capture(runner, lambda: backward(runner.forward())))
+        graphs.append(_capture(runner, lambda: backward(runner.forward()), pool))
 
     def sample() -> tuple[float, float]:
         seconds = []
@@ -114,7 +117,7 @@ def _graph_timer(runner: Runner, flush: Tensor | None) -> Callable[[], tuple[flo
     return sample
 
 
-def _capture(runner: Runner, run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+def _capture(runner: Runner, run: Callable[[], Any], pool: Any) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -125,17 +128,19 @@ def _capture(runner: Runner, run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     torch.cuda.synchronize()
     runner.reset()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         run()
+    runner.reset()  # gradients are memory of the pool: the next graph may have it
     return graph
 
 
 def peak(runner: Runner) -> int:
-    """Bytes of device memory that one pass needs above what lies there already."""
+    """Bytes of device memory that one pass needs: the runner's own parameters, and all above what is there already."""
     torch.cuda.synchronize()
     runner.reset()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     one_pass(runner)
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    weights = {parameter.data_ptr(): parameter.numel() * parameter.element_size() for parameter in runner.parameters}
+    return torch.cuda.max_memory_allocated() - before + sum(weights.values())

@@ -131,11 +131,13 @@ def measure(case: Case, settings: Settings) -> list[Row]:
         settings = replace(settings, rounds=max(settings.least, settings.rounds // 3), seconds=settings.seconds / 3)
     runners, rows = prepare(case, settings)
     timers: dict[tuple[str, str], Callable[[], tuple[float, float]]] = {}
+    launches = ("eager", "graph") if case.device.type == "cuda" and settings.graphs else ("eager",)
+    pool = torch.cuda.graph_pool_handle() if "graph" in launches else None
     for name, runner in list(runners.items()):
         settings.announce(name)
-        for launch in ("eager", "graph") if case.device.type == "cuda" and settings.graphs else ("eager",):
+        for launch in launches:
             try:
-                timers[name, launch] = timer(runner, case.device, launch, settings.flush)
+                timers[name, launch] = timer(runner, case.device, launch, settings.flush, pool)
             except Exception as error:
                 rows.append(_failed(case, name, error, launch))
     settings.announce("timing")

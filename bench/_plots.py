@@ -50,7 +50,8 @@ def bars(result: Result) -> bytes | None:
 
     providers = sorted({provider for group in groups.values() for provider in group}, key=lambda p: (p != OURS, p))
     height = 0.8 / len(providers)
-    figure, axes = pyplot.subplots(figsize=(10, 1.2 + 0.16 * len(providers) * len(groups)))
+    # A picture of 65,536 pixels or more cannot be drawn.
+    figure, axes = pyplot.subplots(figsize=(10, min(400.0, 1.2 + 0.12 * len(providers) * len(groups))))
     for index, provider in enumerate(providers):
         there = [place for place, group in enumerate(groups.values()) if provider in group]
         y, ratios = [p + index * height for p in there], [list(groups.values())[p][provider] for p in there]

@@ -36,11 +36,12 @@ def write(result: Result, folder: Path, stem: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     files = {".csv": csv_text(result, stamp).encode(), ".json": json_text(result, stamp).encode()}
-    files |= pictures(result)
     written = []
-    for suffix, content in files.items():
-        _replace(folder / (stem + suffix), content)
-        written.append(folder / (stem + suffix))
+    # The pictures come last: whatever they do, the figures are on disk.
+    for found in (files, pictures(result)):
+        for suffix, content in found.items():
+            _replace(folder / (stem + suffix), content)
+            written.append(folder / (stem + suffix))
     return written
 
 

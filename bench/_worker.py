@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -75,6 +76,7 @@ def _warm(cases: list[Case], index: int, count: int) -> int:
 def _measure_all(cases: list[Case | None], settings: Settings, job: dict[str, Any], events: IO[str]) -> int:
     # A case is not begun when the longest one of its kind (steps, ops, cells of the heat map) would not fit any more.
     longest: dict[tuple[bool, bool], float] = {}
+    device = torch.device(job["device"])
     without = {int(index): frozenset(names) for index, names in job["without"].items()}
     for index, case in enumerate(cases):
         if case is None or index < job["start"]:
@@ -93,10 +95,18 @@ def _measure_all(cases: list[Case | None], settings: Settings, job: dict[str, An
             _say(events, event="lost", message=str(error))
             return 3
         longest[kind] = max(longest.get(kind, 0.0), time.time() - started)
-        cases[index] = None  # frees the tensors that all providers of the case share
+        cases[index] = case = None  # frees the tensors that all providers of the case share
+        _release(device)
         _say(events, event="rows", case=index, rows=[row.to_dict() for row in rows])
     _say(events, event="end")
     return 0
+
+
+def _release(device: torch.device) -> None:
+    """Give the memory of a case, of its graphs above all, back before the next one."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _say(events: IO[str], **event: Any) -> None:
