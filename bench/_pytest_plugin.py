@@ -54,6 +54,10 @@ class _Report:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self._say(collected=len(session.items))
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._say(uncollected=report.nodeid, why=_words(report.longrepr))
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
@@ -61,10 +65,16 @@ class _Report:
         if report.skipped and isinstance(report.longrepr, tuple):
             why = report.longrepr[2].removeprefix("Skipped: ")
         elif report.failed:
-            lines = [line for line in str(report.longrepr).splitlines() if line.startswith("E")]
-            why = (lines or str(report.longrepr).splitlines()[-1:] or [""])[0].removeprefix("E").strip()[:300]
+            why = _words(report.longrepr)
         self._say(test=report.nodeid, outcome=report.outcome, why=why)
 
     def _say(self, **line: Any) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _words(representation: Any) -> str:
+    """The line of a traceback that says what went wrong."""
+    lines = str(representation).splitlines()
+    told = [line for line in lines if line.startswith("E")]
+    return (told or lines[-1:] or [""])[0].removeprefix("E").strip()[:300]

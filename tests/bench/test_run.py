@@ -215,6 +215,7 @@ def test_other():
 
 def checked(tmp_path: Path, device: str, tests: str = TESTS, seconds: float = 60.0) -> dict:
     (tmp_path / "tests").mkdir()
+    (tmp_path / "setup.py").touch()
     (tmp_path / "tests" / "test_all.py").write_text(tests)
     return _checks.check(tmp_path, device, seconds)
 
@@ -241,12 +242,25 @@ def test_tests_that_take_too_long_are_stopped_and_what_is_known_is_kept(tmp_path
     assert _checks._verdict([known], [None], 3.0)["outcome"] == "failed"
 
 
-def test_tests_that_cannot_be_collected_are_a_failure(tmp_path):
-    found = checked(tmp_path, "cuda", "import there_is_no_such_module\n")
-    assert found["outcome"].startswith("failed: pytest ended with exit code 2")
+def test_what_cannot_be_collected_is_told_and_the_rest_runs(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "setup.py").touch()
+    (tmp_path / "tests" / "test_needs.py").write_text("import there_is_no_such_module\n")
+    (tmp_path / "tests" / "test_all.py").write_text(TESTS.replace("== 3", "== 2"))
+    found = _checks.check(tmp_path, "cuda", 60.0)
+    assert (found["outcome"], found["failures"]) == ("passed", [])
+    assert "3 passed" in found["summary"] and "1 files could not be collected" in found["summary"]
+    assert "there_is_no_such_module" in found["uncollected"]["tests/test_needs.py"]
+    (tmp_path / "tests" / "test_all.py").unlink()
+    assert _checks.check(tmp_path, "cuda", 60.0)["outcome"] == "no test ran"
+
+
+def test_a_pytest_that_cannot_start_is_a_failure():
+    assert _checks._verdict([[]], [4], 9.0)["outcome"] == "failed: pytest ended with exit code 4"
 
 
 def test_without_a_checkout_no_test_runs(tmp_path):
+    (tmp_path / "tests").mkdir()  # somebody else's, in site-packages
     assert _checks.check(tmp_path, "cuda", 10.0)["outcome"] == "not run"
 
 

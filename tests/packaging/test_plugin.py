@@ -64,7 +64,7 @@ def test_its_own_tests_pass(plugin: Path, tmp_path: Path) -> None:
 
 
 def test_is_benchmarked(plugin: Path, tmp_path: Path) -> None:
-    command = ["-m", "peftkern", "bench", "--method", "scale", "--quick", "--out", "results"]
+    command = ["-m", "peftkern", "bench", "--method", "scale", "--quick", "--no-build", "--out", "results"]
     done = run(sys.executable, *command, cwd=tmp_path, path=plugin)
     assert "scale" in done.stdout
     assert any("scale" in file.read_text() for file in (tmp_path / "results").rglob("*.csv"))
