@@ -18,6 +18,15 @@ from ._supervise import environment
 _MOST_FAILURES = 20
 
 
+def missing(device: str) -> str | None:
+    """Why there is nothing to measure on, asked in another process: this one never loads torch."""
+    if device == "cpu":
+        return None
+    script = "import torch; raise SystemExit(0 if torch.cuda.is_available() else 9)"
+    code = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True).returncode
+    return "--device cuda: torch sees no CUDA device" if code == 9 else None
+
+
 def build(folder: Path, device: str, seconds: float) -> dict[str, Any]:
     """Compile what is missing or older than its sources (setup.py decides): outcome, what it said, seconds.
 

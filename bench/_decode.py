@@ -102,6 +102,7 @@ def _reference(options: Options, model: Model, dtype: torch.dtype) -> Values:
     return _decode(options, model, dtype, "plain", wide=True).check()
 
 
+@functools.cache
 def _cost(options: Options, model: Model, dtype: torch.dtype) -> Mapping[str, Cost]:
     """Every weight and the cache read once; two operations per weight and row."""
     step = _decode(options, model, dtype, "floor")

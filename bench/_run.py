@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.readme is not None:
         return _readme.main(Path(arguments.readme))
     started = time.time()
+    if (message := _checks.missing(arguments.device)) is not None:
+        print(f"error: {message}", file=sys.stderr)
+        return 2
     result = Result(device=arguments.device)
     job = _job(arguments, started)
     if arguments.build:

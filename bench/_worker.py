@@ -61,7 +61,11 @@ def run(job: dict[str, Any], events: IO[str]) -> int:
 
 def _warm(cases: list[Case], index: int, count: int) -> int:
     """Run this process's share of the cases once, ours and torch.compile's: the kernels they need are then on disk."""
-    for case in cases[index::count]:
+    # Whole models go to one process: several beside each other would fill the memory that the tests need.
+    steps = [case for case in cases if case.kernel == "step"]
+    ops = [case for case in cases if case.kernel != "step"]
+    mine = [*steps, *ops] if count == 1 else steps if index == 0 else ops[index - 1 :: count - 1]
+    for case in mine:
         for name, build in case.providers.items():
             # Autotuning is left to the clock's own process: here other work would spoil its choice.
             if name in (OURS, f"{OURS}.compile", _cases.COMPILED["default"]):

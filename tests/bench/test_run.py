@@ -76,8 +76,19 @@ def test_a_warm_up_runs_every_case_once_and_says_nothing(monkeypatch):
     monkeypatch.setattr(_worker, "one_pass", lambda runner: ran.append(runner.backend))
     job = _run._job(_run._parser().parse_args(["--quick", "--only", "prompt_concat"]), time.time())
     out = io.StringIO()
-    assert [_worker.run(job | {"warm": [share, 2]}, out) for share in (0, 1)] == [0, 0]
-    assert ran == ["cpu"] * 2 and out.getvalue() == ""
+    for shares, cases in ((1, [2]), (2, [0, 2]), (3, [0, 1, 1])):  # the first of several has the steps, none here
+        for share, count in enumerate(cases):
+            ran.clear()
+            assert _worker.run(job | {"warm": [share, shares]}, out) == 0
+            assert ran == ["cpu"] * count
+    assert out.getvalue() == ""
+
+
+@NO_GPU
+def test_without_the_device_nothing_is_built_or_tested(monkeypatch, capsys):
+    monkeypatch.setattr(_checks, "build", lambda *_: pytest.fail("built"))
+    assert _run.main(["--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "error: --device cuda: torch sees no CUDA device\n"
 
 
 def test_used_up_budget_says_so():
