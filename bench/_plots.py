@@ -106,7 +106,7 @@ def heat_map(result: Result) -> bytes | None:
     for line, ((kernel, launch), ranks) in zip(grid, panels.items(), strict=True):
         for axes, (rank, cells) in zip(line, sorted(ranks.items()), strict=False):
             _panel(axes, cells)
-            axes.set_title(f"{kernel} r{rank:g}" + (f" [{launch}]" if launch else ""), fontsize=8)
+            axes.set_title(kernel + (f" r{rank:g}" if rank else "") + (f" [{launch}]" if launch else ""), fontsize=8)
     figure.suptitle(f"{_device(result)}: time over eager PyTorch's (above 1: slower)", fontsize=9)
     figure.tight_layout()
     return _png(figure)

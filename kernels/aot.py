@@ -36,6 +36,8 @@ from ._device import Device, Source
 
 Row = dict[str, Any]
 TABLE = Path(__file__).resolve().parents[1] / "bench" / "results" / "aot.json"
+_SHARED = ("call", "kernel", "dtypes", "config")
+_FIGURES = ("key", "registers", "spill_bytes", "shared_bytes")
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -70,18 +72,26 @@ def modules() -> list[str]:
 def variants(names: Iterable[str], targets: Iterable[str]) -> dict[str, Variant]:
     """The distinct variants of the modules on the targets by key; each bears the name of the first call that needs it.
 
-    Modules share kernels, and calls share variants: what the compiler would see twice is there once.
+    Modules share kernels, and calls share variants: what the compiler would see twice is there once. Variants of a call
+    that differ in nothing but hints (strides that 16 divides) are numbered.
     """
     found: dict[str, Variant] = {}
     texts: dict[Any, str] = {}
-    for name in names:
-        loaded = importlib.import_module(f"{__package__}.{name}")
+    named: dict[tuple[str, ...], int] = {}
+    for module in names:
+        loaded = importlib.import_module(f"{__package__}.{module}")
         for target in targets:
             for source in loaded.aot_sources(TARGETS[target].device):
                 if source.fn not in texts:
                     texts[source.fn] = source_text(source.fn)
                 key = _key(source, texts[source.fn], target)
-                found.setdefault(key, Variant(_identity(source, target) | {"key": key}, source))
+                if key in found:
+                    continue
+                row = _identity(source, target)
+                name = (*(row[part] for part in _SHARED), target)
+                named[name] = named.get(name, 0) + 1
+                row["call"] += f" #{named[name]}" if named[name] > 1 else ""
+                found[key] = Variant(row | {"key": key}, source)
     return found
 
 
@@ -197,18 +207,31 @@ def versions() -> dict[str, str]:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The table in a file, or an empty one."""
+    """The table in a file, one row per variant and target, or an empty one; the inverse of `table_text`."""
     if not path.is_file():
         return {"compilers": {}, "rows": []}
     table: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return table
+    rows = []
+    for line in table["rows"]:
+        shared = {name: line[name] for name in _SHARED}
+        rows += [
+            shared | {"target": target} | dict(zip(table["figures"], line[target], strict=False))
+            for target in TARGETS
+            if target in line
+        ]
+    return {"compilers": table["compilers"], "rows": rows}
 
 
 def table_text(rows: Iterable[Row]) -> str:
-    """JSON with one row per line, in an order that does not depend on how it was compiled."""
-    ordered = sorted(rows, key=lambda row: (row["call"], row["kernel"], row["target"], row["config"], row["dtypes"]))
-    lines = ",\n".join(json.dumps(row) for row in ordered)
-    return f'{{"compilers": {json.dumps(versions())},\n"rows": [\n{lines}\n]}}\n'
+    """JSON with a line per variant and the figures of each target in it, in an order that compiling does not change."""
+    lines: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        line = lines.setdefault(tuple(row[name] for name in _SHARED), {name: row[name] for name in _SHARED})
+        line[row["target"]] = [row.get(name) for name in _FIGURES] + ([row["error"]] if "error" in row else [])
+    ordered = ({name: line[name] for name in (*_SHARED, *TARGETS) if name in line} for _, line in sorted(lines.items()))
+    text = ",\n".join(json.dumps(line) for line in ordered)
+    head = f'{{"compilers": {json.dumps(versions())},\n"figures": {json.dumps([*_FIGURES, "error"])},\n'
+    return f'{head}"rows": [\n{text}\n]}}\n'
 
 
 def differences(table: dict[str, Any], found: dict[str, Variant]) -> list[str]:

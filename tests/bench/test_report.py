@@ -137,7 +137,7 @@ def test_the_heat_map_shows_the_worst_case_of_a_cell(result):
     graph.config["launch"] = "graph"
     step = Row.from_dict(result.rows[0].to_dict())
     step.kernel_name = "step"
-    result.rows += [again, graph, step]
+    result.rows = [again, *result.rows, graph, step]
     assert _plots.heat_cells(result) == {
         ("low_rank", ""): {8: {(64.0, 128): 1.3}},
         ("low_rank", "graph"): {8: {(64.0, 128): 0.9}},

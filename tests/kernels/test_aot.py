@@ -97,6 +97,17 @@ def test_what_calls_share_is_compiled_once() -> None:
 
 
 @needs_compiler
+def test_variants_that_differ_in_hints_alone_keep_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = variant("prompt_concat", "sm90").source
+    twin = found._replace(attrs={})
+    module = type(sys)("twins")
+    module.aot_sources = lambda device: iter([found, twin, found])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "peftkern.kernels.twins", module)
+    one, two = aot.variants(["twins"], ["sm90"]).values()
+    assert two.row["call"] == one.row["call"] + " #2" and one.row["key"] != two.row["key"]
+
+
+@needs_compiler
 def test_a_key_follows_the_kernel_its_callees_and_its_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     from peftkern.kernels import low_rank
 
@@ -113,6 +124,15 @@ def test_a_key_follows_the_kernel_its_callees_and_its_tile(monkeypatch: pytest.M
 @pytest.fixture
 def table() -> dict:
     return json.loads(json.dumps(TABLE))
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    rows = [TABLE["rows"][0] | {"error": "spills"}, *TABLE["rows"][1:]]
+    (tmp_path / "aot.json").write_text(aot.table_text(reversed(rows)))
+    again = aot.read_table(tmp_path / "aot.json")
+    order = {row["key"]: row for row in again["rows"]}
+    assert len(again["rows"]) == len(rows) and all(order[row["key"]] == row for row in rows)
+    assert aot.table_text(again["rows"]) == (tmp_path / "aot.json").read_text()
 
 
 @needs_compiler
