@@ -18,7 +18,8 @@ _GRACE = {"cuda": 12.0, "cpu": 300.0}
 """Seconds that the last case may take beyond it before it is killed."""
 _BUILD, _CHECK = 0.18, 0.27
 """Shares of the budget that building and the correctness tests may take; what they leave is measured with."""
-_PATIENCE = {"cuda": 90.0, "cpu": 300.0}
+_PATIENCE = {"cuda": 60.0, "cpu": 300.0}
+"""Seconds without a sign of life (a provider built, a case done) after which the measuring process is killed."""
 COMPILE = ("none", "auto", "default", "max-autotune-no-cudagraphs")
 
 

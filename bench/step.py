@@ -70,11 +70,13 @@ def _cpu_cases(options: Options) -> Iterator[Case]:
 
 
 def _gpu_cases(options: Options) -> Iterator[Case]:
-    """Every model with the main method before any model with the next: a budget then cuts methods, not models."""
+    """Every large model with the main method before any with the next: a budget then cuts methods, not models."""
+    *large, (small, dtypes) = models(options)
     for method in (METHODS[0], METHODS[2], METHODS[1], METHODS[5], METHODS[6]):
-        for model, dtypes in models(options):
-            for dtype in dtypes:
-                yield _case(options, model, method, dtype)
+        for model, (dtype, *_) in large:
+            yield _case(options, model, method, dtype)
+    for dtype in dtypes:
+        yield _case(options, small, METHODS[0], dtype)
 
 
 def method_cases(options: Options, name: str) -> Iterator[Case]:

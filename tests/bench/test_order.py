@@ -56,8 +56,10 @@ def test_steps_and_ops_take_turns_and_every_model_comes_before_the_next_method()
     assert {case.kernel for case in cases[:sources]} == {"step", *_cases.op_names()}
     steps = [case.label for case in cases if case.kernel == "step" and " vs " not in case.label]
     assert "decode" in steps[1]
-    models = [model.name for model, _ in _models.models(GPU)]
-    assert [label.split()[0] for label in (steps[0], *steps[2:])][: len(models)] == models
+    *large, small = (model.name for model, _ in _models.models(GPU))
+    found = [label.split()[0] for label in (steps[0], *steps[2:])]
+    assert found[: len(large)] == large and found[-1] == small
+    assert steps[len(large) + 1].startswith(f"{large[0]} lora all p0 ")  # the one with a gate
     light = [index for index, case in enumerate(cases) if case.light]
     assert light[0] >= 3 * 2
 
@@ -69,6 +71,7 @@ def test_compiled_peers_come_as_cases_of_their_own():
         assert {"torch", "peftkern", "torch.compile"} <= compiled[f"{source} vs torch.compile"]
         found = compiled[f"{source} vs torch.compile max-autotune"]
         assert "torch.compile max-autotune" in found and "torch.compile" not in found
+    assert cases[-1].label == "llama-8b-layers lora all p0.1 bf16 vs torch.compile max-autotune"
     assert not any("vs" in case.label.split() for case in _cases.listed(GPU, [], None, "none"))
 
 
