@@ -6,7 +6,6 @@ import os
 from random import Random
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
