@@ -1,11 +1,11 @@
 """Triton backend of multi_low_rank: y += s_i * (drop(x) A_i^T) B_i^T, i chosen row by row, with backward.
 
-Rows are sorted by adapter on the device; a program takes a block of rows of one adapter, found from the adapters' row
+Rows are sorted by adapter on the device. A program takes a block of rows of one adapter, which it finds from the row
 counts, and reads A_i and B_i at the addresses that the table holds (`peftkern.ops._adapters`). Nothing is gathered in
 memory, and the host never waits: as many programs are launched as there can be blocks at most, the surplus ends at once.
 
 forward   shrink pass over x (h), expand pass on y
-backward  shrink pass over dy (dh), expand pass on dx, one pass per gradient over the rows of each adapter in row splits,
+backward  shrink pass over dy (dh), expand pass on dx, a pass per gradient over the rows of each adapter in row splits,
           summed in order: no atomics, so always the same bits
 Source of the method: Chen et al. 2023 (Punica, arXiv:2310.18547), section 4, for SGMV.
 """
@@ -29,7 +29,7 @@ from ._tiles import Tile, tile
 _CELLS = 5  # columns of the table: address of A, address of B, rank, ranks before it, bits of the scale
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_BLOCK_M = 16
+_LEAST_M = 16
 
 
 def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
@@ -188,7 +188,7 @@ def shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """out[m, r] = f * sum_c drop(x)[m, c] w_i[r, c], f32; f = s_i for the transposed B_i, else dropout's 1 / (1 - p)."""
+    """out[m, r] = f * sum_c drop(x)[m, c] w_i[r, c], f32; f = s_i for the transposed B_i, else 1 / (1 - p)."""
     adapter, start, end = _find_block(ends_ptr, tl.program_id(0), G, BLOCK_M, BLOCK_G)
     if adapter < G:
         cell_ptr = cells_ptr + adapter * 5
@@ -332,10 +332,11 @@ def gradient_kernel(
 
 
 def _tile(name: str, call: _Call, rows: int, precision: str, device: Device) -> Tile:
-    """The pass's tile, and no taller than the adapters' share of the rows."""
+    """The pass's tile, no taller than the adapters' share of the rows, nor than registers allow beside row numbers."""
     t = tile(name, precision, call.most, device.arch)
+    tallest = 64 if precision in ("bf16", "fp16") and call.most <= 64 else 32
     share = triton.next_power_of_2(max(1, -(-rows // call.cells.shape[0])))
-    return t._replace(block_m=max(_BLOCK_M, min(t.block_m, share)))
+    return t._replace(block_m=max(_LEAST_M, min(t.block_m, share, tallest)))
 
 
 def _blocks(rows: int, call: _Call, block_m: int) -> int:

@@ -118,6 +118,7 @@ class Plan:
         if first:
             model.add_module(STATE, Attachment(model))
         attachment = _state(model)
+        attachment.batch.forget()
         for path, adapter in self.layers.items():
             module = _wrapper(model, path)
             module.batch = attachment.batch
@@ -160,6 +161,7 @@ def detach(model: M, name: str = "default") -> M:
     _check_way_back(attachment, (name,))
     if attachment.merged:
         unmerge(model)
+    attachment.batch.forget()
     _activate(model, tuple(n for n in attachment.active if n != name))
     for module in list(adapted_modules(model)):
         if name in module.adapters:

@@ -31,7 +31,7 @@ def mixed(model: M, adapter_names: Sequence[str], *, expand: Sequence[int] = ())
     """
     attachment = _state(model)
     _check(model, attachment, adapter_names)
-    rows = Rows(adapter_names, expand)
+    rows = attachment.batch.of(adapter_names, expand)
     active = attachment.active
     kept = tuple(name for name in active if not _is_global(attachment, name))
     if kept != active:

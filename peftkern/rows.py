@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,20 @@ class Batch:
     def __init__(self) -> None:
         self.rows: Rows | None = None
         self.off = False
+        self._known: dict[Hashable, Rows] = {}
+
+    def of(self, names: Sequence[str], expand: Sequence[int]) -> Rows:
+        """The rows of these names; the same object as last time, since decoding asks for them once a token."""
+        key = tuple(names), tuple(expand)
+        if key not in self._known:
+            if len(self._known) >= 64:
+                self._known.clear()
+            self._known[key] = Rows(*key)
+        return self._known[key]
+
+    def forget(self) -> None:
+        """Drop what is known of adapters, when they have changed."""
+        self._known.clear()
 
     @contextmanager
     def set(self, rows: Rows | None, off: bool = False) -> Iterator[None]:
@@ -38,6 +52,17 @@ class Batch:
         finally:
             self.rows, self.off = before
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rows": None, "off": False, "_known": {}}
+
+
+class Group(NamedTuple):
+    """Adapters of one module that take part in a batch: run together when `fused`, else each on its own rows."""
+
+    names: tuple[str, ...]
+    adapters: list[Any]
+    fused: bool
+
 
 class Rows:
     """One adapter name per row of the batch, BASE for none.
@@ -47,21 +72,20 @@ class Rows:
 
     def __init__(self, names: Sequence[str], expand: Sequence[int] = ()) -> None:
         self.names = tuple(name for name in dict.fromkeys(names) if name != BASE)
-        self.of = tuple(names)
+        self.of, self.count = tuple(names), len(names)
         self.expand = tuple(expand)
         self.index = torch.tensor([self.names.index(name) if name != BASE else -1 for name in names])
         self._kept: dict[Hashable, Any] = {}
 
     def repeats(self, count: int, path: str) -> int:
         """How many times each row stands in `count` rows; AdapterError where that cannot be."""
-        batch = len(self.of)
-        if count == batch:
+        if count == self.count:
             return 1
-        if batch and count % batch == 0 and count // batch in self.expand:
-            return count // batch
+        if self.count and count % self.count == 0 and count // self.count in self.expand:
+            return count // self.count
         raise AdapterError(
-            f"{path}: its input has {count} rows, and adapter_names has {batch} names: give one name per row of the "
-            "batch; a module that sees other rows than the batch's cannot take part"
+            f"{path}: its input has {count} rows, and adapter_names has {self.count} names: give one name per row of "
+            "the batch; a module that sees other rows than the batch's cannot take part"
         )
 
     def index_of(self, names: tuple[str, ...], repeats: int, device: torch.device) -> Tensor:
@@ -86,11 +110,17 @@ class Rows:
         places: Tensor = self._keep(("places", names, repeats, device), find)
         return places
 
-    def groups(self, module: Any) -> list[tuple[tuple[str, ...], bool]]:
-        """Names of the adapters that sit on the module and take part, those that run fused together, and whether."""
-        groups: list[tuple[tuple[str, ...], bool]] = self._keep(
-            (id(module), module.training), lambda: _groups(self.names, module.adapters)
-        )
+    def groups(self, module: Any) -> list[Group]:
+        """The adapters that sit on the module and take part, by how they run.
+
+        Kept in evaluation, where nothing that a group is made by changes but hooks.
+        """
+        if module.training or torch.compiler.is_compiling():
+            return _groups(self.names, module.adapters)
+        path = module.base.path
+        groups: list[Group] | None = self._kept.get(path)
+        if groups is None or any(group.fused and any(map(_hooked, group.adapters)) for group in groups):
+            groups = self._kept[path] = _groups(self.names, module.adapters)
         return groups
 
     def _keep(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -109,24 +139,22 @@ def forward(module: Any, rows: Rows, x: Tensor) -> Tensor:
     """
     repeats = rows.repeats(x.shape[0], module.base.path)
     call: Base = module.base
-    for names, fused in rows.groups(module):
-        adapters = [module.adapters[name] for name in names]
+    for names, adapters, fused in rows.groups(module):
         if fused:
-            index = rows.index_of(names, repeats, x.device)
-            call = _Fused(type(adapters[0]), adapters, index, call)
+            call = _Fused(adapters, rows.index_of(names, repeats, x.device), call)
         else:
             call = _RowByRow(rows, dict(zip(names, adapters, strict=True)), repeats, call)
     return call(x)
 
 
-def _groups(names: Sequence[str], adapters: Mapping[str, Any]) -> list[tuple[tuple[str, ...], bool]]:
+def _groups(names: Sequence[str], adapters: Mapping[str, Any]) -> list[Group]:
     found: dict[Hashable, list[str]] = {}
     for name in names:
         if name in adapters:
             adapter = adapters[name]
             key = adapter.mixed_key() if _runs_fused(adapter.__class__) and not _hooked(adapter) else None
             found.setdefault(None if key is None else (type(adapter), key), []).append(name)
-    return [(tuple(group), key is not None) for key, group in found.items()]
+    return [Group(tuple(group), [adapters[name] for name in group], key is not None) for key, group in found.items()]
 
 
 @functools.cache
@@ -141,8 +169,9 @@ def _runs_fused(kind: type) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 class _View:
@@ -158,12 +187,12 @@ class _View:
 
 
 class _Fused(_View):
-    def __init__(self, kind: Any, adapters: list[nn.Module], index: Tensor, base: Base) -> None:
+    def __init__(self, adapters: list[Any], index: Tensor, base: Base) -> None:
         super().__init__(base)
-        self._kind, self._adapters, self._index = kind, adapters, index
+        self._adapters, self._index = adapters, index
 
     def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = self._kind.forward_mixed(self._adapters, self._index, self._base, x)
+        out: Tensor = type(self._adapters[0]).forward_mixed(self._adapters, self._index, self._base, x)
         return out
 
 

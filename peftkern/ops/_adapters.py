@@ -1,4 +1,4 @@
-"""Several low-rank adapters as kernels see them: a table of addresses, made once for each set, and no copy of a weight."""
+"""Several low-rank adapters as kernels see them: a table of addresses, made once for each set; no weight is copied."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def multi_low_rank(
     seed. An index outside [-1, G) raises on the CPU; on a GPU, which is not waited for, it counts as no adapter.
     Raises ValueError for shapes that do not chain, for no adapter at all and for p outside [0, 1).
     """
-    _check(x, a, b, index, scales, weight, bias, base_out)
+    least = _check(x, a, b, index, scales, weight, bias, base_out)
     check_probability(p)
     x = x.to(autocast_dtype(x))
     if p > 0.0 and seed is None:
@@ -81,9 +81,10 @@ def multi_low_rank(
     if weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         base_out, weight, bias = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None, None
     sizes = {"M": math.prod(x.shape[:-1]), "K": x.shape[-1], "N": b[0].shape[0]}
-    grad = torch.is_grad_enabled() and requires_grad(x, a, b, base_out)
+    # Dropout means training, though under a reentrant checkpoint the first forward runs without a graph.
+    grad = p > 0.0 or (torch.is_grad_enabled() and requires_grad(x, a, b, base_out))
     backend = choose("multi_low_rank", x, a[0], grad, **sizes)
-    if backend == "reference" or min(x.shape[-1], b[0].shape[0], *[t.shape[0] for t in a]) == 0:
+    if backend == "reference" or least == 0:
         return reference(
             x, a, b, index, scales=scales, weight=weight, bias=bias, base_out=base_out, p=p, seed=seed
         )
@@ -244,21 +245,25 @@ def _check(
     weight: Tensor | None,
     bias: Tensor | None,
     base_out: Tensor | None,
-) -> None:
+) -> int:
+    """Validate the shapes and return the smallest of K, N and the ranks."""
     if not len(a) == len(b) == len(scales) or not a:
         raise ValueError(f"{len(a)} a, {len(b)} b, {len(scales)} scales: want as many of each, and at least one")
     k, n = x.shape[-1] if x.dim() else 0, b[0].shape[0] if b[0].dim() else 0
-    for i, (one, two) in enumerate(zip(a, b, strict=True)):
-        if one.dim() != 2 or two.dim() != 2 or one.shape[1] != k or two.shape[0] != n or one.shape[0] != two.shape[1]:
+    least = min(k, n)
+    for one, two in zip(a, b, strict=True):
+        first, second = one.shape, two.shape
+        if len(first) != 2 or len(second) != 2 or first[1] != k or second[0] != n or first[0] != second[1]:
             raise ValueError(
-                f"x {tuple(x.shape)}, a[{i}] {tuple(one.shape)}, b[{i}] {tuple(two.shape)}: want x [..., K], "
-                f"a [R, K], b [N, R] with one K and one N = {n}"
+                f"x {tuple(x.shape)}, one of a {tuple(first)}, its b {tuple(second)}: want x [..., K], a [R, K], "
+                f"b [N, R] with one K and one N = {n}"
             )
+        least = min(least, first[0])
     lead = x.shape[:-1]
     if index.dtype != torch.int64 or index.dim() == 0 or index.shape != lead[: index.dim()]:
         raise ValueError(
-            f"index {index.dtype} {tuple(index.shape)}: want int64 in the shape of x's leading dimensions {tuple(lead)} "
-            "or of the first of them"
+            f"index {index.dtype} {tuple(index.shape)}: want int64 in the shape of x's leading dimensions "
+            f"{tuple(lead)} or of the first of them"
         )
     if weight is not None and weight.shape != (n, k):
         raise ValueError(f"weight {tuple(weight.shape)}: want [N, K] = {(n, k)}")
@@ -266,6 +271,7 @@ def _check(
         raise ValueError(f"bias {tuple(bias.shape)}: want [N] = {(n,)}, together with weight")
     if base_out is not None and (weight is not None or base_out.shape != (*lead, n)):
         raise ValueError(f"base_out {tuple(base_out.shape)}: want {(*lead, n)}, without weight")
+    return least
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -278,7 +284,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
     def case(
         lead: tuple[int, ...], k: int, n: int, ranks: list[int], index: list[int], adapter: torch.dtype = dtype
     ) -> dict[str, Any]:
-        made: dict[str, Any] = {"x": rand(*lead, k), "index": torch.tensor(index, dtype=torch.int64, device=device), "weight": rand(n, k) / k**0.5}
+        made: dict[str, Any] = {"x": rand(*lead, k), "weight": rand(n, k) / k**0.5}
+        made["index"] = torch.tensor(index, dtype=torch.int64, device=device)
         for i, r in enumerate(ranks):
             made |= {f"a{i}": rand(r, k, dt=adapter) / k**0.5, f"b{i}": rand(n, r, dt=adapter) / r**0.5}
         return made | {"scales": [0.5 + i for i in range(len(ranks))]}

@@ -28,8 +28,8 @@ def device_of(backend: str) -> torch.device:
 
 
 def skip_unless_runs(op: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
-    """Skip with the reason that dispatch gives."""
-    reason = dispatch._refusal(backend, op, device_of(backend), dtype)
+    """Skip with the reason that dispatch gives for a call with gradients."""
+    reason = dispatch._refusal(backend, op, device_of(backend), dtype, grad=True)
     if reason is not None:
         pytest.skip(f"{backend} {op}: {reason}")
 

@@ -1,0 +1,307 @@
+// y += s_i * (x A_i^T) B_i^T for a few rows and many adapters, as one decoding step has them; no backward and no
+// dropout. Bound by reading each A_i and B_i once, and by two launches. On the LibTorch stable ABI.
+//
+// Source of the method: Chen et al. 2023 (Punica, arXiv:2310.18547), for BGMV.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <type_traits>
+
+namespace peftkern {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kRows = 8;        // rows of one adapter taken at a time: A_i and B_i are read once for so many
+constexpr int kPiece = 8;       // elements that a thread reads at a time: 16 bytes of a 16-bit type
+constexpr int kRankChunk = 32;  // columns of B_i for which h waits in shared memory
+constexpr int kColumns = 5;     // of the table: address of A, address of B, rank, ranks before it, bits of the scale
+constexpr int64_t kMostRows = 64;
+
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float to_float(__half x) { return __half2float(x); }
+__device__ void from_float(float x, float* out) { *out = x; }
+__device__ void from_float(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
+__device__ void from_float(float x, __half* out) { *out = __float2half_rn(x); }
+
+struct Problem {
+  int64_t m, k, n, most, stride_x, per_entry;  // most: the largest rank; per_entry: rows per entry of index
+  const int64_t* cells;
+  const int64_t* index;
+};
+
+// kPiece elements from an address that is a multiple of 16 bytes.
+template <class T>
+__device__ void load_piece(const T* from, float (&to)[kPiece]) {
+  constexpr int kWords = kPiece * static_cast<int>(sizeof(T)) / 16;
+  alignas(16) T values[kPiece];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i)
+    reinterpret_cast<uint4*>(values)[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) to[i] = to_float(values[i]);
+}
+
+// The first kRows rows at or after `begin` that belong to the adapter, into `rows`, and where to go on. All threads of
+// the block call it; it ends in a barrier.
+__device__ int find_rows(const Problem& op, int64_t adapter, int64_t& begin, int64_t* rows) {
+  __shared__ int found;
+  __shared__ int64_t next;
+  __syncthreads();  // the last round's rows have been used
+  if (threadIdx.x < kWarp) {
+    int count = 0;
+    int64_t m = begin;
+    for (; m < op.m && count < kRows; m += kWarp) {
+      const int64_t mine = m + threadIdx.x;
+      const bool is_mine = mine < op.m && op.index[mine / op.per_entry] == adapter;
+      const unsigned all = __ballot_sync(0xffffffffu, is_mine);
+      const int place = count + __popc(all & ((1u << threadIdx.x) - 1u));
+      if (is_mine && place < kRows) rows[place] = mine;
+      if (count + __popc(all) > kRows) {
+        // The next round begins at the first row that did not fit.
+        const unsigned late = __ballot_sync(0xffffffffu, is_mine && place >= kRows);
+        m += __ffs(static_cast<int>(late)) - 1 - kWarp;
+        count = kRows;
+      } else {
+        count += __popc(all);
+      }
+    }
+    if (threadIdx.x == 0) found = count, next = m;
+  }
+  __syncthreads();
+  begin = next;
+  return found;
+}
+
+// h[m, r] = x[m] . A_i[r]: a warp a rank, which reads its row of A_i once for up to kRows rows of x.
+template <class T, class P, bool VECTOR>
+__global__ void shrink_kernel(Problem op, const T* x, float* h) {
+  __shared__ int64_t rows[kRows];
+  const int64_t adapter = blockIdx.x;
+  const int64_t* cell = op.cells + adapter * kColumns;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t rank = static_cast<int64_t>(blockIdx.y) * kWarps + threadIdx.x / kWarp;
+  const bool works = rank < cell[2];
+  const P* a = reinterpret_cast<const P*>(cell[0]) + rank * op.k;
+  for (int64_t begin = 0; begin < op.m;) {
+    const int count = find_rows(op, adapter, begin, rows);
+    if (!works || count == 0) continue;
+    float acc[kRows] = {};
+    if constexpr (VECTOR) {
+#pragma unroll 4
+      for (int64_t c = lane * kPiece; c < op.k; c += kWarp * kPiece) {
+        float w[kPiece];
+        load_piece(a + c, w);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          if (i >= count) break;
+          float v[kPiece];
+          load_piece(x + rows[i] * op.stride_x + c, v);
+#pragma unroll
+          for (int j = 0; j < kPiece; ++j) acc[i] += v[j] * w[j];
+        }
+      }
+    } else {
+      for (int64_t c = lane; c < op.k; c += kWarp) {
+        const float w = to_float(a[c]);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+          if (i < count) acc[i] += to_float(x[rows[i] * op.stride_x + c]) * w;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (i >= count) break;
+      for (int step = kWarp / 2; step > 0; step /= 2) acc[i] += __shfl_xor_sync(0xffffffffu, acc[i], step);
+      if (lane == 0) h[rows[i] * op.most + rank] = acc[i];
+    }
+  }
+}
+
+// y[m, n] += s_i * (h[m] . B_i[n]): a thread a column n, which reads its row of B_i once for up to kRows rows of y.
+template <class T, class P, bool VECTOR>
+__global__ void expand_kernel(Problem op, const float* h, T* y) {
+  __shared__ int64_t rows[kRows];
+  __shared__ float chunk[kRows][kRankChunk];
+  const int64_t adapter = blockIdx.x;
+  const int64_t* cell = op.cells + adapter * kColumns;
+  const int64_t rank = cell[2], n = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
+  const float scale = __int_as_float(static_cast<int>(cell[4]));
+  const P* b = reinterpret_cast<const P*>(cell[1]) + n * rank;
+  for (int64_t begin = 0; begin < op.m;) {
+    const int count = find_rows(op, adapter, begin, rows);
+    if (count == 0) continue;
+    float acc[kRows] = {};
+    for (int64_t r0 = 0; r0 < rank; r0 += kRankChunk) {
+      const int width = static_cast<int>(rank - r0 < kRankChunk ? rank - r0 : kRankChunk);
+      __syncthreads();
+      for (int i = threadIdx.x; i < count * kRankChunk; i += kThreads) {
+        const int row = i / kRankChunk, r = i % kRankChunk;
+        chunk[row][r] = r < width ? h[rows[row] * op.most + r0 + r] : 0.0f;
+      }
+      __syncthreads();
+      if (n >= op.n) continue;
+      if constexpr (VECTOR) {
+        for (int r = 0; r < width; r += kPiece) {
+          float w[kPiece];
+          load_piece(b + r0 + r, w);
+#pragma unroll
+          for (int i = 0; i < kRows; ++i) {
+            if (i >= count) break;
+#pragma unroll
+            for (int j = 0; j < kPiece; ++j) acc[i] += chunk[i][r + j] * w[j];
+          }
+        }
+      } else {
+        for (int r = 0; r < width; ++r) {
+          const float w = to_float(b[r0 + r]);
+#pragma unroll
+          for (int i = 0; i < kRows; ++i)
+            if (i < count) acc[i] += chunk[i][r] * w;
+        }
+      }
+    }
+    if (n >= op.n) continue;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (i >= count) break;
+      T* to = y + rows[i] * op.n + n;
+      from_float(to_float(*to) + scale * acc[i], to);
+    }
+  }
+}
+
+// ---- host
+
+void that(bool ok, const std::string& message) { STD_TORCH_CHECK(ok, "multi_low_rank_forward: ", message); }
+
+void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns, const Tensor& like, bool strided) {
+  const std::string who = name;
+  that(t.is_cuda() && t.get_device_index() == like.get_device_index(), who + " is not on the CUDA device of x");
+  that(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns,
+       who + " is not [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
+  that(strided ? columns == 1 || t.stride(1) == 1 : t.is_contiguous(), who + " is not contiguous");
+}
+
+void check_long(const char* name, const Tensor& t) {
+  that(t.scalar_type() == ScalarType::Long, std::string(name) + " is not int64");
+}
+
+// f(null pointer of x's type, null pointer of the adapters' type); codes 0 f32, 1 bf16, 2 f16.
+template <class F>
+void with_types(ScalarType x, int64_t adapters, const F& f) {
+  const auto inner = [&](auto* t) {
+    if (adapters == 0) return f(t, static_cast<float*>(nullptr));
+    if (adapters == 1) return f(t, static_cast<__nv_bfloat16*>(nullptr));
+    that(adapters == 2, "the adapters' dtype has code " + std::to_string(adapters) + ", want 0 to 2");
+    f(t, static_cast<__half*>(nullptr));
+  };
+  if (x == ScalarType::Float) return inner(static_cast<float*>(nullptr));
+  if (x == ScalarType::BFloat16) return inner(static_cast<__nv_bfloat16*>(nullptr));
+  that(x == ScalarType::Half, "x is neither Float, BFloat16 nor Half");
+  inner(static_cast<__half*>(nullptr));
+}
+
+cudaStream_t stream_of(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+template <class T, class P>
+void run(const Problem& op, int64_t adapters, bool vector_k, bool vector_r, const Tensor& x, const Tensor& h,
+         const Tensor& y, cudaStream_t stream) {
+  const T* from = static_cast<const T*>(x.const_data_ptr());
+  float* latent = static_cast<float*>(h.mutable_data_ptr());
+  T* to = static_cast<T*>(y.mutable_data_ptr());
+  const auto grid = [&](int64_t blocks) {
+    return dim3(static_cast<unsigned>(adapters), static_cast<unsigned>(blocks));
+  };
+  const dim3 ranks = grid((op.most + kWarps - 1) / kWarps), columns = grid((op.n + kThreads - 1) / kThreads);
+  if (vector_k)
+    shrink_kernel<T, P, true><<<ranks, kThreads, 0, stream>>>(op, from, latent);
+  else
+    shrink_kernel<T, P, false><<<ranks, kThreads, 0, stream>>>(op, from, latent);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  if (vector_r)
+    expand_kernel<T, P, true><<<columns, kThreads, 0, stream>>>(op, latent, to);
+  else
+    expand_kernel<T, P, false><<<columns, kThreads, 0, stream>>>(op, latent, to);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor multi_low_rank_forward(const Tensor& x, const Tensor& table, const Tensor& index, const Tensor& y, int64_t most,
+                              int64_t ranks, int64_t dtype, bool aligned, double p, const std::optional<Tensor>& seed) {
+  (void)seed;
+  that(p == 0.0, "p is " + std::to_string(p) + ", and this kernel has no dropout");
+  that(x.dim() == 2 && y.dim() == 2 && table.dim() == 2 && index.dim() == 1, "want matrices x, y, table and a vector");
+  const int64_t m = x.size(0), k = x.size(1), n = y.size(1), adapters = table.size(0), entries = index.size(0);
+  check_matrix("x", x, m, k, x, true);
+  check_matrix("y", y, m, n, x, false);
+  check_matrix("table", table, adapters, kColumns, x, false);
+  that(index.is_cuda() && index.get_device_index() == x.get_device_index() && index.is_contiguous(),
+       "index is not a contiguous tensor on the CUDA device of x");
+  check_long("table", table), check_long("index", index);
+  that(y.scalar_type() == x.scalar_type(), "y has another dtype than x");
+  that(m > 0 && k > 0 && n > 0 && most > 0 && adapters > 0, "empty problems are the caller's");
+  that(entries > 0 && m % entries == 0, "index does not divide the rows of x");
+  that((n + kThreads - 1) / kThreads < 65536, "N is too large for the grid");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const cudaStream_t stream = stream_of(x);
+  Tensor h = torch::stable::new_empty(x, {m, most}, ScalarType::Float);
+  const cudaError_t cleared =
+      cudaMemsetAsync(h.mutable_data_ptr(), 0, static_cast<size_t>(m * most) * sizeof(float), stream);
+  that(cleared == cudaSuccess, cudaGetErrorString(cleared));
+  const Problem op{m,
+                   k,
+                   n,
+                   most,
+                   x.stride(0),
+                   m / entries,
+                   static_cast<const int64_t*>(table.const_data_ptr()),
+                   static_cast<const int64_t*>(index.const_data_ptr())};
+  const bool x_aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && x.stride(0) % kPiece == 0;
+  const bool vector_k = aligned && k % kPiece == 0 && x_aligned;
+  // Ranks are known to be equal where they add up to as many of the largest.
+  const bool vector_r = aligned && most % kPiece == 0 && ranks == adapters * most;
+  with_types(x.scalar_type(), dtype, [&](auto* t, auto* w) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using P = std::remove_pointer_t<decltype(w)>;
+    run<T, P>(op, adapters, vector_k, vector_r, x, h, y, stream);
+  });
+  return h;
+}
+
+// Above so many rows tiles of matrix products are the better way: Triton's.
+int64_t multi_low_rank_most_rows() { return kMostRows; }
+
+}  // namespace
+}  // namespace peftkern
+
+STABLE_TORCH_LIBRARY_FRAGMENT(peftkern_cuda, m) {
+  m.def(
+      "multi_low_rank_forward(Tensor x, Tensor table, Tensor index, Tensor(a!) y, int R, int ranks, int dtype, bool "
+      "aligned, float p, Tensor? seed) -> Tensor");
+  m.def("multi_low_rank_most_rows() -> int");
+}
+STABLE_TORCH_LIBRARY_IMPL(peftkern_cuda, CUDA, m) {
+  m.impl("multi_low_rank_forward", TORCH_BOX(&peftkern::multi_low_rank_forward));
+}
+STABLE_TORCH_LIBRARY_IMPL(peftkern_cuda, CompositeExplicitAutograd, m) {
+  m.impl("multi_low_rank_most_rows", TORCH_BOX(&peftkern::multi_low_rank_most_rows));
+}
