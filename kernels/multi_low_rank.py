@@ -2,7 +2,7 @@
 
 Rows are sorted by adapter on the device. A program takes a block of rows of one adapter, which it finds from the row
 counts, and reads A_i and B_i at the addresses that the table holds (`peftkern.ops._adapters`). Nothing is gathered in
-memory, and the host never waits: as many programs are launched as there can be blocks at most, the surplus ends at once.
+memory, and the host never waits: as many programs start as there can be blocks at most, and the surplus ends at once.
 
 forward   shrink pass over x (h), expand pass on y
 backward  shrink pass over dy (dh), expand pass on dx, a pass per gradient over the rows of each adapter in row splits,
