@@ -1,43 +1,18 @@
 // y += s_i * (x A_i^T) B_i^T for a few rows and many adapters, as one decoding step has them; no backward and no
-// dropout. Bound by reading each A_i and B_i once, and by two launches. On the LibTorch stable ABI.
+// dropout. Bound by reading each A_i and B_i once, and by two launches.
 //
 // Source of the method: Chen et al. 2023 (Punica, arXiv:2310.18547), for BGMV.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <cstdint>
-#include <optional>
-#include <string>
-#include <type_traits>
+#include "common.cuh"
 
 namespace peftkern {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int kWarp = 32;
-constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kRows = 8;        // rows of one adapter taken at a time: A_i and B_i are read once for so many
 constexpr int kPiece = 8;       // elements that a thread reads at a time: 16 bytes of a 16-bit type
 constexpr int kRankChunk = 32;  // columns of B_i for which h waits in shared memory
 constexpr int kColumns = 5;     // of the table: address of A, address of B, rank, ranks before it, bits of the scale
 constexpr int64_t kMostRows = 64;
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ void from_float(float x, float* out) { *out = x; }
-__device__ void from_float(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
-__device__ void from_float(float x, __half* out) { *out = __float2half_rn(x); }
 
 struct Problem {
   int64_t m, k, n, most, stride_x, per_entry;  // most: the largest rank; per_entry: rows per entry of index
@@ -188,47 +163,23 @@ __global__ void expand_kernel(Problem op, const float* h, T* y) {
 
 // ---- host
 
-void that(bool ok, const std::string& message) { STD_TORCH_CHECK(ok, "multi_low_rank_forward: ", message); }
+constexpr const char* kOp = "multi_low_rank_forward";
 
-void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t columns, const Tensor& like, bool strided) {
-  const std::string who = name;
-  that(t.is_cuda() && t.get_device_index() == like.get_device_index(), who + " is not on the CUDA device of x");
-  that(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns,
-       who + " is not [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
-  that(strided ? columns == 1 || t.stride(1) == 1 : t.is_contiguous(), who + " is not contiguous");
-}
-
-void check_long(const char* name, const Tensor& t) {
-  that(t.scalar_type() == ScalarType::Long, std::string(name) + " is not int64");
-}
-
-// f(null pointer of x's type, null pointer of the adapters' type); codes 0 f32, 1 bf16, 2 f16.
+// f(null pointer of the adapters' type); codes 0 f32, 1 bf16, 2 f16.
 template <class F>
-void with_types(ScalarType x, int64_t adapters, const F& f) {
-  const auto inner = [&](auto* t) {
-    if (adapters == 0) return f(t, static_cast<float*>(nullptr));
-    if (adapters == 1) return f(t, static_cast<__nv_bfloat16*>(nullptr));
-    that(adapters == 2, "the adapters' dtype has code " + std::to_string(adapters) + ", want 0 to 2");
-    f(t, static_cast<__half*>(nullptr));
-  };
-  if (x == ScalarType::Float) return inner(static_cast<float*>(nullptr));
-  if (x == ScalarType::BFloat16) return inner(static_cast<__nv_bfloat16*>(nullptr));
-  that(x == ScalarType::Half, "x is neither Float, BFloat16 nor Half");
-  inner(static_cast<__half*>(nullptr));
-}
-
-cudaStream_t stream_of(const Tensor& t) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
+void with_code(int64_t code, const F& f) {
+  if (code == 0) return f(static_cast<float*>(nullptr));
+  if (code == 1) return f(static_cast<__nv_bfloat16*>(nullptr));
+  that(code == 2, std::string(kOp) + ": dtype code " + std::to_string(code) + ", want 0, 1 or 2");
+  f(static_cast<__half*>(nullptr));
 }
 
 template <class T, class P>
 void run(const Problem& op, int64_t adapters, bool vector_k, bool vector_r, const Tensor& x, const Tensor& h,
          const Tensor& y, cudaStream_t stream) {
-  const T* from = static_cast<const T*>(x.const_data_ptr());
-  float* latent = static_cast<float*>(h.mutable_data_ptr());
-  T* to = static_cast<T*>(y.mutable_data_ptr());
+  const T* from = data<T>(x);
+  float* latent = data<float>(h);
+  T* to = data<T>(y);
   const auto grid = [&](int64_t blocks) {
     return dim3(static_cast<unsigned>(adapters), static_cast<unsigned>(blocks));
   };
@@ -246,43 +197,41 @@ void run(const Problem& op, int64_t adapters, bool vector_k, bool vector_r, cons
 }
 
 Tensor multi_low_rank_forward(const Tensor& x, const Tensor& table, const Tensor& index, const Tensor& y, int64_t most,
-                              int64_t ranks, int64_t dtype, bool aligned, double p, const std::optional<Tensor>& seed) {
+                              int64_t ranks, int64_t dtype, bool addresses_aligned, double p,
+                              const std::optional<Tensor>& seed) {
   (void)seed;
-  that(p == 0.0, "p is " + std::to_string(p) + ", and this kernel has no dropout");
-  that(x.dim() == 2 && y.dim() == 2 && table.dim() == 2 && index.dim() == 1, "want matrices x, y, table and a vector");
+  const std::string who = std::string(kOp) + ": ";
+  that(p == 0.0, who + "p is " + std::to_string(p) + ", and this kernel has no dropout");
+  that(x.dim() == 2 && y.dim() == 2 && table.dim() == 2 && index.dim() == 1,
+       who + "want x, y, table 2-D and index 1-D");
   const int64_t m = x.size(0), k = x.size(1), n = y.size(1), adapters = table.size(0), entries = index.size(0);
-  check_matrix("x", x, m, k, x, true);
-  check_matrix("y", y, m, n, x, false);
-  check_matrix("table", table, adapters, kColumns, x, false);
-  that(index.is_cuda() && index.get_device_index() == x.get_device_index() && index.is_contiguous(),
-       "index is not a contiguous tensor on the CUDA device of x");
-  check_long("table", table), check_long("index", index);
-  that(y.scalar_type() == x.scalar_type(), "y has another dtype than x");
-  that(m > 0 && k > 0 && n > 0 && most > 0 && adapters > 0, "empty problems are the caller's");
-  that(entries > 0 && m % entries == 0, "index does not divide the rows of x");
-  that((n + kThreads - 1) / kThreads < 65536, "N is too large for the grid");
+  check_tensor(kOp, "x", x, {m, k}, "x", x, true);
+  check_tensor(kOp, "y", y, {m, n}, "x", x);
+  check_tensor(kOp, "table", table, {adapters, kColumns}, "x", x);
+  check_tensor(kOp, "index", index, {entries}, "x", x);
+  check_dtype(kOp, "y", y, x.scalar_type());
+  check_dtype(kOp, "table", table, ScalarType::Long);
+  check_dtype(kOp, "index", index, ScalarType::Long);
+  that(m > 0 && k > 0 && n > 0 && most > 0 && adapters > 0, who + "empty problems are the caller's");
+  that(entries > 0 && m % entries == 0, who + "index does not divide the rows of x");
+  that((n + kThreads - 1) / kThreads < 65536, who + "N is too large for the grid");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = stream_of(x);
   Tensor h = torch::stable::new_empty(x, {m, most}, ScalarType::Float);
   const cudaError_t cleared =
       cudaMemsetAsync(h.mutable_data_ptr(), 0, static_cast<size_t>(m * most) * sizeof(float), stream);
-  that(cleared == cudaSuccess, cudaGetErrorString(cleared));
-  const Problem op{m,
-                   k,
-                   n,
-                   most,
-                   x.stride(0),
-                   m / entries,
-                   static_cast<const int64_t*>(table.const_data_ptr()),
-                   static_cast<const int64_t*>(index.const_data_ptr())};
-  const bool x_aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0 && x.stride(0) % kPiece == 0;
-  const bool vector_k = aligned && k % kPiece == 0 && x_aligned;
+  that(cleared == cudaSuccess, who + cudaGetErrorString(cleared));
+  const Problem op{m, k, n, most, x.stride(0), m / entries, data<int64_t>(table), data<int64_t>(index)};
+  const bool x_aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % kVectorBytes == 0 && x.stride(0) % kPiece == 0;
+  const bool vector_k = addresses_aligned && k % kPiece == 0 && x_aligned;
   // Ranks are known to be equal where they add up to as many of the largest.
-  const bool vector_r = aligned && most % kPiece == 0 && ranks == adapters * most;
-  with_types(x.scalar_type(), dtype, [&](auto* t, auto* w) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    using P = std::remove_pointer_t<decltype(w)>;
-    run<T, P>(op, adapters, vector_k, vector_r, x, h, y, stream);
+  const bool vector_r = addresses_aligned && most % kPiece == 0 && ranks == adapters * most;
+  with_dtype(kOp, "x", x, [&](auto* t) {
+    with_code(dtype, [&](auto* w) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      using P = std::remove_pointer_t<decltype(w)>;
+      run<T, P>(op, adapters, vector_k, vector_r, x, h, y, stream);
+    });
   });
   return h;
 }

@@ -147,7 +147,7 @@ class LoRA(LayerAdapter):
 
     def mixed_key(self) -> Hashable:
         """Plain updates of a linear map with the same dropout are one op for the whole batch."""
-        return None if self.is_embedding else self.p if self.training else 0.0
+        return None if self.is_embedding or self.norms is not None else self.p if self.training else 0.0
 
     @classmethod
     def forward_mixed(cls, adapters: Sequence[LoRA], index: Tensor, base: BaseLayer, x: Tensor) -> Tensor:  # type: ignore[override]

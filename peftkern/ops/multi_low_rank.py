@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern.ops._adapters import table
+from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autocast_dtype, autograd, choose, kernel, requires_grad, rows
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
@@ -131,7 +132,7 @@ def _forward(
     if x2.shape[0] == 0:
         return y.view(shape), x.new_empty(0, adapters.sizes[0], dtype=torch.float32)
     h = kernel(backend, "multi_low_rank").forward(
-        x2, adapters.cells, index.reshape(-1), y, *adapters.sizes, p, seed
+        x2, adapters.cells, index.reshape(-1).contiguous(), y, *adapters.sizes, p, seed
     )
     return y.view(shape), h
 
@@ -163,7 +164,7 @@ def _backward(
     else:
         adapters = table(a, b, scales)
         da, db = kernel(backend, "multi_low_rank").backward(
-            dy2, x2, adapters.cells, index.reshape(-1), h, dx, *adapters.sizes, p, seed, need_a, need_b
+            dy2, x2, adapters.cells, index.reshape(-1).contiguous(), h, dx, *adapters.sizes, p, seed, need_a, need_b
         )
         for flat, parts in ((da, das), (db, dbs)):
             if parts:
@@ -318,6 +319,23 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
     yield "per-token", without | {"index": per_token, "base_out": rand(6, 3, 40)}
 
 
+def draw(draw: Draw) -> dict[str, Any]:
+    """A random case."""
+    lead, k, n, adapter = draw.lead(), draw.size(), draw.size(), draw.adapter_dtype()
+    p, seed = draw.dropout()
+    count, depth = draw.one_of([1, 2, 3, 7]), draw.one_of(range(1, len(lead) + 1))
+    case: dict[str, Any] = {"x": draw.randn(*lead, k), "index": draw.randint(count + 1, *lead[:depth]) - 1}
+    for i in range(count):
+        r = draw.size(65)
+        case[f"a{i}"] = draw.randn(r, k, dtype=adapter) / k**0.5
+        case[f"b{i}"] = draw.randn(n, r, dtype=adapter) / r**0.5
+    case |= {"scales": [draw.one_of([1.0, 0.5, -2.0]) for _ in range(count)], "p": p, "seed": seed}
+    base = draw.one_of(["weight", "base_out", "neither"])
+    if base == "weight":
+        return case | {"weight": draw.randn(n, k) / k**0.5, "bias": draw.maybe(draw.randn(n))}
+    return case | ({"base_out": draw.randn(*lead, n)} if base == "base_out" else {})
+
+
 def _with_lists(x: Tensor, index: Tensor, scales: Sequence[float], tensors: dict[str, Any]) -> tuple[Any, ...]:
     a, b = ([tensors.pop(f"{kind}{i}") for i in range(len(scales))] for kind in "ab")
     return x, a, b, index
@@ -332,6 +350,7 @@ def _reference(*, x: Tensor, index: Tensor, scales: Sequence[float], **tensors: 
 
 
 OP = Op(
-    "multi_low_rank", _run, _reference, samples, frozen=("weight", "bias"), rows=("x", "index", "base_out"),
+    "multi_low_rank", _run, _reference, samples, draw=draw,
+    frozen=("weight", "bias"), rows=("x", "index", "base_out"),
     compiled=("per-sequence-bias", "dropout-ranks-1-to-70", "onto-base"),
 )  # fmt: skip

@@ -100,6 +100,13 @@ def test_lora_of_different_ranks_scales_and_targets(names: list[str], kind: str)
     assert_mixes(loras(MODELS[kind]()), names)
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_dora_beside_lora(kind: str) -> None:
+    configs = {"plain": pk.LoraConfig(**LORA), "dora": pk.LoraConfig(**LORA, use_dora=True, r=4)}
+    model = with_adapters(MODELS[kind](), configs | {"more": pk.LoraConfig(**LORA, use_dora=True, r=2)})
+    assert_mixes(model, ["dora", "plain", BASE, "more", "dora"])
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_embeddings(kind: str) -> None:
     names = {"llama": ["embed_tokens", "q_proj"], "gpt2": ["wte", "c_attn"]}[kind]
