@@ -21,6 +21,7 @@ from peftkern.base import BaseLayer
 from peftkern.errors import ConfigError, MergeError, near
 
 C = TypeVar("C", bound="AdapterConfig")
+L = TypeVar("L", bound="LayerConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +133,14 @@ class LayerConfig(AdapterConfig):
             given = self.layers_to_transform is not None
             self.require(given, "layers_to_transform", "block indices beside layers_pattern")
 
+    def resolved(self: L, model: nn.Module) -> L:
+        """With targets by name where they are chosen in a way that Hugging Face PEFT's class has no field for."""
+        choice = {"exclude_modules", "layers_to_transform", "layers_pattern"}
+        if not any(getattr(self, name) is not None for name in choice & set(self.extensions)):
+            return self
+        names = targets.short_names(model, targets.match(model, self))
+        return dataclasses.replace(self, target_modules=names, **dict.fromkeys(choice))
+
     def for_target(self, path: str) -> LayerConfig:
         """The configuration that holds for one target; patterns over module names are resolved here."""
         return self
@@ -172,9 +181,29 @@ class LayerAdapter(Method, nn.Module):
 
     keys: ClassVar[Mapping[str, str]] = {}
     """Parameter name -> name in a checkpoint behind the module's path; a name not listed is stored as METHOD_NAME."""
+    shared: nn.Module | None = None
+    """What `share` made, once the adapter is part of a model; not a submodule, so that it has one place and one copy."""
 
     def __init__(self, base: BaseLayer, config: AdapterConfig) -> None:
         super().__init__()
+
+    @classmethod
+    def share(cls, layers: Mapping[str, BaseLayer], config: Any) -> nn.Module | None:
+        """What all layers of one adapter read, made once for the wrapped layers (by path); None: each stands alone.
+
+        A module in f32 or wider. Its parameters train with the adapter; they and its persistent buffers are saved, at the
+        top level of the file, under the names that `shared_keys` gives them (else METHOD_NAME). Like the adapters it is
+        moved to the device of the first layer and kept in f32 over a half-precision base.
+        """
+        return None
+
+    shared_keys: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def shared_state(cls, shared: nn.Module | None) -> dict[str, Tensor]:
+        """Checkpoint name -> parameter or persistent buffer of what `share` made."""
+        found: dict[str, Tensor] = {} if shared is None else shared.state_dict(keep_vars=True)
+        return {cls.shared_keys.get(name, f"{cls.name}_{name}"): tensor for name, tensor in found.items()}
 
     @classmethod
     def sites(cls, model: nn.Module, config: Any) -> list[Site]:

@@ -6,11 +6,11 @@ from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftkern import frozen, prompting, registry, targets
-from peftkern.adapter import AdaptedModule, AdapterConfig, InputTap, LayerAdapter, PromptAdapter, Selection
+from peftkern.adapter import AdaptedModule, AdapterConfig, InputTap, LayerAdapter, Method, PromptAdapter, Selection
 from peftkern.base import BaseLayer, adapter_dtype
 from peftkern.errors import AdapterError, ConfigError, MergeError, TargetError, near
 from peftkern.rows import Batch
@@ -32,6 +32,7 @@ class Attachment(nn.Module):
         self.carried: dict[str, set[str]] = {}
         self.selections = nn.ModuleDict()
         self.taps = nn.ModuleDict()
+        self.shared = nn.ModuleDict()
         self.hooks: prompting.PromptHooks | None = None
         self.plan: frozen.FrozenPrefix | None = None
         self.tap_handles: dict[str, Any] = {}
@@ -44,7 +45,8 @@ class Attachment(nn.Module):
 
     def parameters_of(self, model: nn.Module, name: str) -> dict[str, nn.Parameter]:
         """Checkpoint key, without prefix -> parameter of one adapter."""
-        keys: dict[str, nn.Parameter] = {}
+        shared = self.shared_of(name).items()
+        keys: dict[str, nn.Parameter] = {key: p for key, p in shared if isinstance(p, nn.Parameter)}
         wrapped: set[str] = set()
         for module in adapted_modules(model):
             if name in module.adapters:
@@ -56,6 +58,14 @@ class Attachment(nn.Module):
         if name in self.selections:
             keys |= {_stored(key, wrapped): p for key, p in self.selection(name).trained().items()}
         return keys
+
+    def tensors_of(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+        """The same, with the frozen tensors that are saved beside them."""
+        return {**self.shared_of(name), **self.parameters_of(model, name)}
+
+    def shared_of(self, name: str) -> dict[str, Tensor]:
+        """Checkpoint key -> what all layers of one adapter share."""
+        return _shared_state(self.configs[name].method, self.shared[name]) if name in self.shared else {}
 
     def selection(self, name: str) -> SelectedParameters:
         """The backbone's own parameters that one adapter trains."""
@@ -78,6 +88,7 @@ class Plan:
         self.model, self.config, self.name = model, config, name
         self.layers: dict[str, LayerAdapter] = {}
         self.sources: dict[str, str] = {}
+        self.shared: nn.Module | None = None
         self.prompt: PromptAdapter | None = None
         self.carried = list(carried)
         apart = [*_saved_parameters(model, config), *self.carried]
@@ -85,11 +96,14 @@ class Plan:
         _check_name(model, name)
         if issubclass(self.method, LayerAdapter):
             modules = targets.adaptable(model)
-            for site in self.method.sites(model, config):
-                base = BaseLayer(modules[site.path], site.path)
+            sites = self.method.sites(model, config)
+            bases = {site.path: BaseLayer(modules[site.path], site.path) for site in sites}
+            self.shared = _like(self.method.share(bases, config), next(iter(bases.values()), None))
+            for site in sites:
+                base = bases[site.path]
                 adapter = self.method(base, config.for_target(site.path) if hasattr(config, "for_target") else config)
-                weight = base.weight
-                self.layers[site.path] = adapter.to(weight.device, adapter_dtype(weight.dtype))
+                adapter.__dict__["shared"] = self.shared
+                self.layers[site.path] = _like(adapter, base)
                 if site.source is not None:
                     self.sources[site.path] = site.source
         if issubclass(self.method, PromptAdapter):
@@ -103,9 +117,10 @@ class Plan:
         if not (self.layers or self.prompt or self.selection):
             raise TargetError(f"method {self.method.name!r} found nothing to train in {type(model).__name__}")
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Checkpoint key, without prefix -> parameter."""
-        keys = {f"{path}.{key}": p for path, a in self.layers.items() for key, p in a.state_keys().items()}
+    def tensors(self) -> dict[str, Tensor]:
+        """Checkpoint key, without prefix -> parameter or shared tensor."""
+        keys = _shared_state(self.method, self.shared)
+        keys |= {f"{path}.{key}": p for path, a in self.layers.items() for key, p in a.state_keys().items()}
         if self.prompt is not None:
             keys |= self.prompt.state_keys()
         trained = self.selection.trained() if self.selection else {}
@@ -119,6 +134,8 @@ class Plan:
             model.add_module(STATE, Attachment(model))
         attachment = _state(model)
         attachment.batch.forget()
+        if self.shared is not None:
+            attachment.shared[name] = self.shared.train(model.training)
         for path, adapter in self.layers.items():
             module = _wrapper(model, path)
             module.batch = attachment.batch
@@ -177,6 +194,8 @@ def detach(model: M, name: str = "default") -> M:
             attachment.hooks = None
     if name in attachment.selections:
         del attachment.selections[name]
+    if name in attachment.shared:
+        del attachment.shared[name]
     attachment.trainable.discard(name)
     del attachment.configs[name], attachment.carried[name]
     if not attachment.configs:
@@ -363,6 +382,20 @@ def _select(model: nn.Module, names: list[str], keep: bool, apart: list[str]) ->
     finally:
         for selection in active:
             selection.swap()
+
+
+N = TypeVar("N", bound="nn.Module | None")
+
+
+def _like(module: N, base: BaseLayer | None) -> N:
+    """The module on the base's device, in the dtype that adapters over it have."""
+    if module is not None and base is not None:
+        module.to(base.weight.device, adapter_dtype(base.weight.dtype))
+    return module
+
+
+def _shared_state(method: type[Method], shared: nn.Module | None) -> dict[str, Tensor]:
+    return method.shared_state(shared) if issubclass(method, LayerAdapter) else {}
 
 
 def _stored(name: str, wrapped: Container[str]) -> str:

@@ -22,7 +22,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from peftkern import registry, targets
-from peftkern.adapter import AdapterConfig, LayerConfig, PromptAdapter, Selection
+from peftkern.adapter import AdapterConfig, LayerAdapter, LayerConfig, PromptAdapter, Selection
 from peftkern.attach import Plan, _known, adapted_modules
 from peftkern.base import is_sharded
 from peftkern.errors import AdapterError, CheckpointError, ConfigError, TargetError, UnknownMethodError
@@ -43,8 +43,8 @@ def save(model: nn.Module, directory: str | Path, name: str = "default") -> Path
     return write(directory, described(model, name), tensors)
 
 
-def parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
-    """Key in a file -> parameter of one adapter.
+def parameters(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Key in a file -> parameter, or frozen tensor saved beside them, of one adapter.
 
     Raises AdapterError for an unknown name, and for an adapter that brings base weights of its own while it is merged.
     """
@@ -52,7 +52,7 @@ def parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Paramete
     if name in attachment.merged and attachment.carried[name]:
         raise AdapterError(f"adapter {name!r} brings weights of the backbone and is merged into them: unmerge first")
     config = attachment.configs[name]
-    return {_file_key(key, config): parameter for key, parameter in attachment.parameters_of(model, name).items()}
+    return {_file_key(key, config): parameter for key, parameter in attachment.tensors_of(model, name).items()}
 
 
 def described(model: nn.Module, name: str = "default") -> AdapterConfig:
@@ -115,7 +115,7 @@ def load(
         plan = Plan(model, replace(config, inference_mode=not trainable), name, carried)
     except (TargetError, ConfigError) as error:
         raise CheckpointError(f"{directory} does not fit this {type(model).__name__}: {error}") from error
-    _fill(directory, tensors, {_file_key(key, config): p for key, p in plan.parameters().items()}, model)
+    _fill(directory, tensors, {_file_key(key, config): p for key, p in plan.tensors().items()}, model)
     plan.commit(trainable)
     return model
 
@@ -251,8 +251,11 @@ def _prefix(config: AdapterConfig) -> str:
 
 
 def _file_key(key: str, config: AdapterConfig) -> str:
-    """Prompt tensors stand at the top level of a file, all others under the path of the wrapped model."""
-    return _prefix(config) + key if "." in key else key
+    """What belongs to no module stands at the top level of a file: prompts by their bare name, what layers share behind
+    the wrapper's; all else stands under the path of the wrapped model."""
+    if "." in key:
+        return _prefix(config) + key
+    return PROMPT_PREFIX + key if issubclass(config.method, LayerAdapter) else key
 
 
 def _with_targets(model: nn.Module, config: LayerConfig, paths: list[str]) -> LayerConfig:

@@ -6,6 +6,7 @@ import enum
 import functools
 import importlib
 import importlib.util
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -171,7 +172,8 @@ class PeftModel(nn.Module):
         parameters = checkpoint.parameters(self.get_base_model(), name)
         if state_dict is None:
             return {key: p.detach().cpu().contiguous().clone() for key, p in parameters.items()}
-        names = {id(parameter): path for path, parameter in self.named_parameters(remove_duplicate=False)}
+        named = itertools.chain(self.named_parameters(remove_duplicate=False), self.named_buffers())
+        names = {id(tensor): path for path, tensor in named}
         missing = [names[id(p)] for p in parameters.values() if names[id(p)] not in state_dict]
         if missing:
             raise CheckpointError(
@@ -392,6 +394,8 @@ def _attach(model: nn.Module, config: AdapterConfig, name: str, autocast: bool) 
     for module in adapted_modules(model) if not autocast else ():
         if name in module.adapters:
             module.adapters[name].to(module.base.weight.dtype)
+            if module.adapters[name].shared is not None:
+                module.adapters[name].shared.to(module.base.weight.dtype)  # type: ignore[union-attr, operator]
 
 
 def _check_plain(model: nn.Module) -> None:

@@ -40,9 +40,6 @@ class IA3Config(LayerConfig):
             object.__setattr__(self, "feedforward_modules", sorted(set(self.feedforward_modules)))
         spec = self.feedforward_modules
         self.regular("feedforward_modules", [spec] if isinstance(spec, str) else [])
-        if isinstance(spec, list) and isinstance(self.target_modules, list):
-            known = set(spec) <= set(self.target_modules)
-            self.require(known, "feedforward_modules", f"names that target_modules={self.target_modules} also has")
 
     def is_feedforward(self, path: str) -> bool:
         """Whether the input of this target is scaled, by Hugging Face PEFT's rule: a name need not end at a dot."""
@@ -52,31 +49,32 @@ class IA3Config(LayerConfig):
         return path.endswith(tuple(spec or ()))
 
     def resolved(self, model: nn.Module) -> IA3Config:
-        """With targets and feed-forward modules by name, so that a file says what was trained to any reader."""
+        """With targets and feed-forward modules by name, so that a file says what was trained to any reader.
+
+        Raises TargetError for feed-forward modules that are no targets.
+        """
         config = self
         if config.target_modules is None:
             config = replace(config, target_modules=targets.short_names(model, _default_targets(model, config)))
+        config = super(IA3Config, config).resolved(model)
         paths = targets.match(model, config)
-        feedforward = [path for path in paths if config.is_feedforward(path)]
-        if config.feedforward_modules is None:
+        names, spec = config.target_modules, config.feedforward_modules
+        if spec is None:
             ends = _feedforward_ends(model)
-            feedforward = [path for path in paths if path in ends]
-        elif config.feedforward_modules and not feedforward:
-            spec = config.feedforward_modules
-            hint = near(spec if isinstance(spec, str) else spec[0], {path.split(".")[-1] for path in paths})
-            raise TargetError(f"feedforward_modules={spec!r} matches none of the targets{hint}")
-        pattern = isinstance(config.target_modules, str) and config.target_modules != "all-linear"
-        if config.layers_to_transform is not None or config.target_modules == "all-linear":
-            names, pattern = targets.short_names(model, paths), False
-            config = replace(
-                config, target_modules=names, feedforward_modules=None, exclude_modules=None,
-                layers_to_transform=None, layers_pattern=None,
-            )  # fmt: skip
-        if config.feedforward_modules is None:
-            short = targets.short_names(model, feedforward)
-            named = config.target_modules if pattern else sorted({*(config.target_modules or ()), *short})
-            config = replace(config, target_modules=named, feedforward_modules=short)
-        return config
+            inside = [path for path in paths if path in ends]
+        else:
+            inside = [path for path in paths if config.is_feedforward(path)]
+            for name in [spec] if isinstance(spec, str) else spec:
+                if not inside or (isinstance(spec, list) and not any(path.endswith(name) for path in inside)):
+                    hint = near(name, {path.split(".")[-1] for path in paths})
+                    raise TargetError(f"feedforward_modules: {name!r} matches none of the targets{hint}")
+        if names == "all-linear":
+            names = targets.short_names(model, paths)
+        listed = isinstance(names, list)
+        if spec is None or (listed and not (isinstance(spec, list) and set(spec) <= set(names or ()))):
+            spec = _feedforward_names(model, paths, inside)
+            names = sorted({*(names or ()), *spec}) if listed else names  # PEFT wants the one list in the other
+        return replace(config, target_modules=names, feedforward_modules=spec)
 
 
 class IA3(LayerAdapter):
@@ -130,6 +128,12 @@ def _default_targets(model: nn.Module, config: IA3Config) -> list[str]:
     if chosen := [path for path in chosen if not targets.matches(path, config.exclude_modules)]:
         return chosen
     raise TargetError(f"exclude_modules={config.exclude_modules!r} leaves no target")
+
+
+def _feedforward_names(model: nn.Module, paths: list[str], inside: list[str]) -> list[str]:
+    """Names that say of these targets, and of no other one, that they end a feed-forward network."""
+    short = targets.short_names(model, inside)
+    return short if [path for path in paths if path.endswith(tuple(short))] == inside else sorted(inside)
 
 
 def _feedforward_ends(model: nn.Module) -> set[str]:

@@ -25,21 +25,28 @@ def reference(
     bias: Tensor | None = None,
     base_out: Tensor | None = None,
     column_scale: Tensor | None = None,
+    rank_scale: Tensor | None = None,
+    update_scale: Tensor | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
     """base + s · (drop(x) Aᵀ) Bᵀ in x's dtype, where base is x Wᵀ + bias, `base_out`, or nothing.
 
     With column_scale c [N] all but the bias is scaled: bias + c ⊙ (base - bias + s · (drop(x) Aᵀ) Bᵀ).
+    rank_scale d [R] and update_scale e [N] scale the update alone: s · e ⊙ (d ⊙ drop(x) Aᵀ) Bᵀ.
     x [..., K] · a [R, K] · b [N, R] · weight [N, K] · bias [N] · base_out [..., N] -> [..., N].
     x f16/bf16/f32/f64; a, b and c may be f32 while x is half: update and scaling are then computed in f32.
-    Source: Hu et al. 2021 (arXiv:2106.09685), eq. 3; column scale: Liu et al. 2024 (arXiv:2402.09353), eq. 5.
+    Source: Hu et al. 2021 (arXiv:2106.09685), eq. 3; column scale: Liu et al. 2024 (arXiv:2402.09353), eq. 5;
+    rank and update scale: Kopiczko et al. 2024 (arXiv:2310.11454), eq. 2.
     The oracle: never optimise it.
     """
-    _check(x, a, b, weight, bias, base_out, column_scale)
+    _check(x, a, b, weight, bias, base_out, column_scale, rank_scale, update_scale)
     compute = torch.promote_types(x.dtype, a.dtype)
     hidden = dropout(x.to(compute), p, seed) @ a.to(compute).T
-    y = (scale * (hidden @ b.to(compute).T)).to(x.dtype)
+    if rank_scale is not None:
+        hidden = hidden * rank_scale.to(compute)
+    update = scale * (hidden @ b.to(compute).T)
+    y = (update if update_scale is None else update * update_scale.to(compute)).to(x.dtype)
     if column_scale is None:
         if weight is not None:
             base_out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -62,6 +69,8 @@ def low_rank(
     bias: Tensor | None = None,
     base_out: Tensor | None = None,
     column_scale: Tensor | None = None,
+    rank_scale: Tensor | None = None,
+    update_scale: Tensor | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
@@ -77,10 +86,13 @@ def low_rank(
     but has no answer for c = 0, and in half precision none for a bias much larger than what it is added to (keys and
     queries have such). Backward multiplies the rows of `weight` or dy by c, whichever is smaller, and the rows of b.
 
+    Rank and update scale are folded into a copy of b that lives as long as the call, in backward again: what is saved are
+    the two vectors. Their gradients come from db.
+
     A `weight` or `bias` that requires grad gets its gradient through the plain linear layer.
     Raises ValueError for shapes that do not chain and for p outside [0, 1).
     """
-    _check(x, a, b, weight, bias, base_out, column_scale)
+    _check(x, a, b, weight, bias, base_out, column_scale, rank_scale, update_scale)
     check_probability(p)
     x = x.to(autocast_dtype(x))
     if p > 0.0 and seed is None:
@@ -88,7 +100,7 @@ def low_rank(
     if bias is not None and bias.requires_grad and column_scale is not None:
         y = low_rank(
             x, a, b, scale=scale, weight=weight, base_out=None if base_out is None else base_out - bias,
-            column_scale=column_scale, p=p, seed=seed,
+            column_scale=column_scale, rank_scale=rank_scale, update_scale=update_scale, p=p, seed=seed,
         )  # fmt: skip
         return y + bias.to(y.dtype)
     if weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
@@ -97,22 +109,31 @@ def low_rank(
     backend = choose("low_rank", x, a, M=math.prod(x.shape[:-1]), K=a.shape[1], N=b.shape[0], R=a.shape[0])
     if backend == "reference" or min(a.shape[0], a.shape[1], b.shape[0]) == 0:
         return reference(
-            x, a, b, scale=scale, weight=weight, bias=bias, base_out=base_out, column_scale=column_scale, p=p, seed=seed
-        )
+            x, a, b, scale=scale, weight=weight, bias=bias, base_out=base_out, column_scale=column_scale,
+            rank_scale=rank_scale, update_scale=update_scale, p=p, seed=seed,
+        )  # fmt: skip
     if base_out is not None and not tracked() and _writable(base_out, x):
         if x.numel():
             kernel(backend, "low_rank").forward(
-                rows(x), a.contiguous(), b.contiguous(), base_out.view(-1, b.shape[0]), scale, p, seed, None,
+                rows(x), a.contiguous(), _folded(b, rank_scale, update_scale), base_out.view(-1, b.shape[0]), scale, p, seed, None,
                 *_epilogue(column_scale, bias, True),
             )  # fmt: skip
         return base_out
     keep = column_scale is not None and column_scale.requires_grad and torch.is_grad_enabled()
-    out: Tensor = _differentiable(x, a, b, weight, bias, base_out, column_scale, scale, p, seed, backend, keep)[0]
+    scales = column_scale, rank_scale, update_scale
+    out: Tensor = _differentiable(x, a, b, weight, bias, base_out, *scales, scale, p, seed, backend, keep)[0]
     return out
 
 
 def _writable(base_out: Tensor, x: Tensor) -> bool:
     return base_out.is_contiguous() and base_out.dtype == x.dtype and not base_out.requires_grad
+
+
+def _folded(b: Tensor, rank_scale: Tensor | None, update_scale: Tensor | None) -> Tensor:
+    """e ⊙ b ⊙ d in b's dtype, b itself where there are no such scales."""
+    out = b if rank_scale is None else b * rank_scale
+    out = out if update_scale is None else out * update_scale[:, None]
+    return out.to(b.dtype).contiguous()
 
 
 def _epilogue(column_scale: Tensor | None, bias: Tensor | None, in_base: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -134,6 +155,8 @@ def _forward(
     bias: Tensor | None,
     base_out: Tensor | None,
     column_scale: Tensor | None,
+    rank_scale: Tensor | None,
+    update_scale: Tensor | None,
     scale: float,
     p: float,
     seed: Tensor | None,
@@ -160,7 +183,7 @@ def _forward(
         h = x.new_empty(0, a.shape[0], dtype=torch.float32)
     else:
         h = kernel(backend, "low_rank").forward(
-            x2, a.contiguous(), b.contiguous(), y, scale, p, seed, None if base is y else base,
+            x2, a.contiguous(), _folded(b, rank_scale, update_scale), y, scale, p, seed, None if base is y else base,
             *_epilogue(column_scale, bias, base_out is not None),
         )  # fmt: skip
     kept = base if keep and weight is not None and base is not None else x.new_empty(0)
@@ -177,16 +200,16 @@ def _backward(
     bias: Tensor | None,
     base: Tensor | None,
     column_scale: Tensor | None,
+    rank_scale: Tensor | None,
+    update_scale: Tensor | None,
     scale: float,
     p: float,
     seed: Tensor | None,
     backend: str,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    need_c: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, da, db and dc. `bias` is given only where `base` holds it, which is not part of what is scaled."""
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, da, db, dc, and the gradients of rank and update scale. `bias` is given only where `base` holds it, which is not part of what is scaled."""
+    need_x, need_a, need_b, need_c, need_d, need_e = needs
     dy2, x2 = rows(dy), rows(x)
     none = x.new_empty(0)
     c = None if column_scale is None else column_scale.detach().float().contiguous()
@@ -199,26 +222,48 @@ def _backward(
             torch.zeros_like(a) if need_a else none,
             torch.zeros_like(b) if need_b else none,
             none if column_scale is None or not need_c else torch.zeros_like(column_scale),
+            none if rank_scale is None or not need_d else torch.zeros_like(rank_scale),
+            none if update_scale is None or not need_e else torch.zeros_like(update_scale),
         )
     base2 = rows(base) if need_c and base is not None else None
     dc = dy2.new_zeros(b.shape[0], dtype=torch.float32) if need_c else None
-    scaled = b if c is None else b * c.to(b.dtype)[:, None]
+    folded = _folded(b, rank_scale, update_scale)
+    scaled = folded if c is None else (folded * c.to(b.dtype)[:, None]).contiguous()
     da, db = kernel(backend, "low_rank").backward(
-        dy2, x2, a.contiguous(), scaled.contiguous(), h, dx, scale, p, seed, need_a, need_b or need_c,
+        dy2, x2, a.contiguous(), scaled, h, dx, scale, p, seed, need_a, need_b or need_c or need_d or need_e,
         base2, None if base2 is None else dc,
     )  # fmt: skip
     if dc is not None:
-        dc += (b * db).sum(1)
+        dc += (folded * db).sum(1)
         if bias is not None:
             dc -= bias * dy2.sum(0, dtype=torch.float32)
-    if need_b and c is not None:
+    if c is not None and (need_b or need_d or need_e):
         db *= c[:, None]
+    db, dd, de = _unfolded(db, b, rank_scale, update_scale, need_b, need_d, need_e)
     return (
         none if dx is None else dx.view(x.shape),
         da.to(a.dtype) if need_a else none,
-        db.to(b.dtype) if need_b else none,
+        none if db is None else db.to(b.dtype),
         none if dc is None or column_scale is None else dc.to(column_scale.dtype),
+        none if dd is None or rank_scale is None else dd.to(rank_scale.dtype),
+        none if de is None or update_scale is None else de.to(update_scale.dtype),
     )
+
+
+def _unfolded(
+    g: Tensor, b: Tensor, d: Tensor | None, e: Tensor | None, need_b: bool, need_d: bool, need_e: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """From the gradient g [N, R] of e ⊙ b ⊙ d those of b, d and e."""
+    if d is None and e is None:
+        return (g if need_b else None), None, None
+    dd = de = None
+    if need_d or need_e:
+        product = g * b
+        if need_d:  # sums of N terms as one product
+            dd = product.sum(0) if e is None else e.to(product.dtype) @ product
+        if need_e:
+            de = product.sum(1) if d is None else product @ d.to(product.dtype)
+    return (_folded(g, d, e) if need_b else None), dd, de
 
 
 def _input_gradient(dy: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
@@ -231,8 +276,8 @@ def _input_gradient(dy: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
 
 
 def _fake(
-    x: Tensor, a: Tensor, b: Tensor, weight: Any, bias: Any, base_out: Any, column_scale: Any, scale: Any, p: Any,
-    seed: Any, backend: str, keep: bool,
+    x: Tensor, a: Tensor, b: Tensor, weight: Any, bias: Any, base_out: Any, column_scale: Any, rank_scale: Any,
+    update_scale: Any, scale: Any, p: Any, seed: Any, backend: str, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     m, n = math.prod(x.shape[:-1]), b.shape[0]
     kept = x.new_empty(m, n) if keep and weight is not None else x.new_empty(0)
@@ -241,53 +286,56 @@ def _fake(
 
 def _backward_fake(
     dy: Tensor, x: Tensor, a: Tensor, b: Tensor, h: Any, weight: Any, bias: Any, base: Any, column_scale: Any,
-    scale: Any, p: Any, seed: Any, backend: str, need_x: bool, need_a: bool, need_b: bool, need_c: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    none = x.new_empty(0)
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else none,
-        a.new_empty(a.shape) if need_a else none,
-        b.new_empty(b.shape) if need_b else none,
-        column_scale.new_empty(column_scale.shape) if need_c else none,
+    rank_scale: Any, update_scale: Any, scale: Any, p: Any, seed: Any, backend: str, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    like = (x, a, b, column_scale, rank_scale, update_scale)
+    return tuple(
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else x.new_empty(0)
+        for t, need in zip(like, needs, strict=True)
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, a, b, weight, bias, base_out, column_scale, ctx.scale, ctx.p, seed, ctx.backend, keep = inputs
+    x, a, b, weight, bias, base_out, column_scale, rank_scale, update_scale, ctx.scale, ctx.p, seed = inputs[:12]
+    ctx.backend, keep = inputs[12:]
     ctx.base_dtype = None if base_out is None else base_out.dtype
     base = (output[2] if base_out is None and weight is not None else base_out) if keep else None
     bias = bias if keep and base_out is not None else None
-    ctx.save_for_backward(x, a, b, output[1], weight, bias, base, column_scale, seed)
+    ctx.save_for_backward(x, a, b, output[1], weight, bias, base, column_scale, rank_scale, update_scale, seed)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(backward: Any, ctx: Any, dy: Tensor | None, *_others: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 12
-    x, a, b, h, weight, bias, base, c, seed = ctx.saved_tensors
-    need_x, need_a, need_b, _, _, need_base, need_c = ctx.needs_input_grad[:7]
-    dx, da, db, dc = backward(
-        dy, x, a, b, h, weight, bias, base, c, ctx.scale, ctx.p, seed, ctx.backend, need_x, need_a, need_b, need_c
+        return (None,) * 14
+    x, a, b, h, weight, bias, base, c, d, e, seed = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    needs = [*need[:3], *need[6:9]]
+    dx, da, db, *scales = (
+        grad if wanted else None
+        for grad, wanted in zip(
+            backward(dy, x, a, b, h, weight, bias, base, c, d, e, ctx.scale, ctx.p, seed, ctx.backend, needs),
+            needs,
+            strict=True,
+        )
     )
     d_base = None
-    if need_base:
+    if need[5]:
         d_base = dy.to(ctx.base_dtype) if c is None else (dy * c.to(dy.dtype)).to(ctx.base_dtype)
-    return (
-        dx if need_x else None, da if need_a else None, db if need_b else None, None, None, d_base,
-        dc if need_c else None, None, None, None, None, None,
-    )  # fmt: skip
+    return dx, da, db, None, None, d_base, *scales, None, None, None, None, None
 
 
 _differentiable = autograd(
     "low_rank",
-    "(Tensor x, Tensor a, Tensor b, Tensor? weight, Tensor? bias, Tensor? base_out, Tensor? column_scale, float scale, "
-    "float p, Tensor? seed, str backend, bool keep) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor a, Tensor b, Tensor? weight, Tensor? bias, Tensor? base_out, Tensor? column_scale, "
+    "Tensor? rank_scale, Tensor? update_scale, float scale, float p, Tensor? seed, str backend, bool keep) "
+    "-> (Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     "(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor h, Tensor? weight, Tensor? bias, Tensor? base, "
-    "Tensor? column_scale, float scale, float p, Tensor? seed, str backend, bool need_x, bool need_a, bool need_b, "
-    "bool need_c) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? column_scale, Tensor? rank_scale, Tensor? update_scale, float scale, float p, Tensor? seed, str backend, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     _setup_context,
@@ -303,6 +351,8 @@ def _check(
     bias: Tensor | None,
     base_out: Tensor | None,
     column_scale: Tensor | None,
+    rank_scale: Tensor | None,
+    update_scale: Tensor | None,
 ) -> None:
     if a.dim() != 2 or b.dim() != 2 or x.dim() < 1 or x.shape[-1] != a.shape[1] or a.shape[0] != b.shape[1]:
         raise ValueError(
@@ -318,8 +368,10 @@ def _check(
         )
     if base_out is not None and (weight is not None or base_out.shape != (*x.shape[:-1], n)):
         raise ValueError(f"base_out {tuple(base_out.shape)}: want {(*x.shape[:-1], n)}, without weight")
-    if column_scale is not None and column_scale.shape != (n,):
-        raise ValueError(f"column_scale {tuple(column_scale.shape)}: want [N] = {(n,)}")
+    scales = {"column_scale": (column_scale, "N", n), "update_scale": (update_scale, "N", n)}
+    for name, (vector, letter, size) in (scales | {"rank_scale": (rank_scale, "R", b.shape[1])}).items():
+        if vector is not None and vector.shape != (size,):
+            raise ValueError(f"{name} {tuple(vector.shape)}: want [{letter}] = {(size,)}")
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -360,6 +412,15 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
     onto = without | {"base_out": rand(6, 3, 40), "column_scale": rand(40), "p": 0.2, "seed": seed}
     yield "scaled-onto-base", onto | {"bias": rand(40)}
     yield "scaled-onto-strided-base", onto | {"base_out": rand(6, 3, 80)[..., ::2]}
+    vectors = {"rank_scale": rand(8), "update_scale": rand(50)}
+    yield "two-scales", case((3, 5), 72, 50, 8) | vectors | {"bias": rand(50), "p": 0.1, "seed": seed}
+    yield "three-scales", scaled | vectors
+    if dtype in (torch.bfloat16, torch.float16):
+        f32 = {name: v.float() for name, v in vectors.items()}
+        yield "two-scales-f32-adapters", case((67,), 40, 50, 8, torch.float32) | f32
+    yield "rank-scale-onto-base", without | {"base_out": rand(6, 3, 40), "rank_scale": rand(4)}
+    yield "update-scale-update-only", without | {"update_scale": rand(40)}
+    yield "two-scales-zero-rows", case((0,), 16, 16, 4) | {"rank_scale": rand(4), "update_scale": rand(16)}
     yield "scaled-zero-rows", case((0,), 16, 16, 4) | {"column_scale": rand(16)}
 
 
@@ -370,6 +431,8 @@ def draw(draw: Draw) -> dict[str, Any]:
     a, b = draw.randn(r, k, dtype=adapter) / k**0.5, draw.randn(n, r, dtype=adapter) / r**0.5
     case = {"x": draw.randn(*lead, k), "a": a, "b": b, "scale": draw.one_of([1.0, 0.5, -2.0]), "p": p, "seed": seed}
     case["column_scale"] = draw.maybe(draw.randn(n, dtype=adapter))
+    case["rank_scale"] = draw.maybe(draw.randn(r, dtype=adapter))
+    case["update_scale"] = draw.maybe(draw.randn(n, dtype=adapter))
     base = draw.one_of(["weight", "base_out", "neither"])
     if base == "weight":
         return case | {"weight": draw.randn(n, k) / k**0.5, "bias": draw.maybe(draw.randn(n))}
@@ -379,5 +442,5 @@ def draw(draw: Draw) -> dict[str, Any]:
 OP = Op(
     "low_rank", low_rank, reference, samples, draw=draw,
     frozen=("weight", "bias"), rows=("x", "base_out"),
-    compiled=("3d-bias-r16", "dropout-r8", "onto-base", "scaled", "scaled-onto-base"),
+    compiled=("3d-bias-r16", "dropout-r8", "onto-base", "scaled", "scaled-onto-base", "two-scales"),
 )  # fmt: skip
