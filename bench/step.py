@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import peftkern as pk
 from peftkern import dispatch, registry
+from peftkern.ops._op import every
 
 from . import _decode, _peers
 from ._clock import Runner, Values
@@ -374,8 +375,7 @@ def _whole(base: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _by_name(options: Options, model: Model, dtype: torch.dtype, name: str) -> Runner:
-    ops = ("low_rank", "bottleneck", "prompt_concat")
-    backends = sorted({dispatch.choose(op, options.device, dtype) for op in ops})
+    backends = sorted({dispatch.choose(op.name, options.device, dtype) for op in every()})
     return _by_name_step(options, model, dtype, name).runner("/".join(backends))
 
 

@@ -1,8 +1,8 @@
 """Triton backend of column_scale: y = x * s by columns, with backward.
 
 x, dy, y, dx [M, C] in f32, bf16 or f16, x and dy with any row stride; s [C] in one of the same types, independently.
-Bound by memory: forward reads x and writes y, backward reads x and dy once and writes dx on the way to ds, whose partial
-sums over splits of the rows are added in order.
+Bound by memory: forward reads x and writes y, backward reads x and dy once and writes dx on the way to ds, whose
+partial sums over splits of the rows are added in order.
 Source of the method: Liu et al. 2022 (arXiv:2205.05638), section 3.3.
 """
 

@@ -139,7 +139,9 @@ class LayerConfig(AdapterConfig):
         if not any(getattr(self, name) is not None for name in choice & set(self.extensions)):
             return self
         names = targets.short_names(model, targets.match(model, self))
-        return dataclasses.replace(self, target_modules=names, **dict.fromkeys(choice))
+        return dataclasses.replace(
+            self, target_modules=names, exclude_modules=None, layers_to_transform=None, layers_pattern=None
+        )
 
     def for_target(self, path: str) -> LayerConfig:
         """The configuration that holds for one target; patterns over module names are resolved here."""
@@ -182,7 +184,7 @@ class LayerAdapter(Method, nn.Module):
     keys: ClassVar[Mapping[str, str]] = {}
     """Parameter name -> name in a checkpoint behind the module's path; a name not listed is stored as METHOD_NAME."""
     shared: nn.Module | None = None
-    """What `share` made, once the adapter is part of a model; not a submodule, so that it has one place and one copy."""
+    """What `share` made, once the adapter has been built; not a submodule, so that it has one place and one copy."""
 
     def __init__(self, base: BaseLayer, config: AdapterConfig) -> None:
         super().__init__()
@@ -191,9 +193,9 @@ class LayerAdapter(Method, nn.Module):
     def share(cls, layers: Mapping[str, BaseLayer], config: Any) -> nn.Module | None:
         """What all layers of one adapter read, made once for the wrapped layers (by path); None: each stands alone.
 
-        A module in f32 or wider. Its parameters train with the adapter; they and its persistent buffers are saved, at the
-        top level of the file, under the names that `shared_keys` gives them (else METHOD_NAME). Like the adapters it is
-        moved to the device of the first layer and kept in f32 over a half-precision base.
+        Parameters of this module train with the adapter; they and its persistent buffers are saved, at the top level of
+        the file, under the names that `shared_keys` gives them (else METHOD_NAME). It is moved to the device of the
+        first layer and, over a half-precision base, kept in f32.
         """
         return None
 

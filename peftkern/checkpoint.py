@@ -251,8 +251,10 @@ def _prefix(config: AdapterConfig) -> str:
 
 
 def _file_key(key: str, config: AdapterConfig) -> str:
-    """What belongs to no module stands at the top level of a file: prompts by their bare name, what layers share behind
-    the wrapper's; all else stands under the path of the wrapped model."""
+    """Prompts stand at the top level of a file, what layers share too, behind the wrapper's name.
+
+    All others stand under the path of the wrapped model.
+    """
     if "." in key:
         return _prefix(config) + key
     return PROMPT_PREFIX + key if issubclass(config.method, LayerAdapter) else key

@@ -395,7 +395,7 @@ def _attach(model: nn.Module, config: AdapterConfig, name: str, autocast: bool) 
         if name in module.adapters:
             module.adapters[name].to(module.base.weight.dtype)
             if module.adapters[name].shared is not None:
-                module.adapters[name].shared.to(module.base.weight.dtype)  # type: ignore[union-attr, operator]
+                module.adapters[name].shared.to(module.base.weight.dtype)
 
 
 def _check_plain(model: nn.Module) -> None:

@@ -111,13 +111,19 @@ class VeRA(LayerAdapter):
     def forward(self, base: BaseLayer, x: Tensor) -> Tensor:  # type: ignore[override]
         """Fused with the base's own product where that is a plain linear map, onto its output elsewhere."""
         a, b = self._slices(x.device)
-        scales = {"rank_scale": self.lambda_d, "update_scale": self.lambda_b}
-        p = self.p if self.training else 0.0
         linear = base.linear
-        if linear is None:
-            return ops.low_rank(x, a, b, base_out=base(x), p=p, **scales)
-        weight, bias = linear
-        return ops.low_rank(x, a, b, weight=weight, bias=bias, p=p, **scales)
+        weight, bias = (None, None) if linear is None else linear
+        return ops.low_rank(
+            x,
+            a,
+            b,
+            weight=weight,
+            bias=bias,
+            base_out=base(x) if linear is None else None,
+            rank_scale=self.lambda_d,
+            update_scale=self.lambda_b,
+            p=self.p if self.training else 0.0,
+        )
 
     def delta_weight(self) -> Tensor:
         """(λ_b ⊙ B) (λ_d ⊙ A), [N, K]."""

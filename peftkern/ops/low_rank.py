@@ -86,8 +86,8 @@ def low_rank(
     but has no answer for c = 0, and in half precision none for a bias much larger than what it is added to (keys and
     queries have such). Backward multiplies the rows of `weight` or dy by c, whichever is smaller, and the rows of b.
 
-    Rank and update scale are folded into a copy of b that lives as long as the call, in backward again: what is saved are
-    the two vectors. Their gradients come from db.
+    Rank and update scale are folded into a copy of b that lives as long as the call, in backward again: what is saved
+    are the two vectors. Their gradients come from db.
 
     A `weight` or `bias` that requires grad gets its gradient through the plain linear layer.
     Raises ValueError for shapes that do not chain and for p outside [0, 1).
@@ -115,8 +115,8 @@ def low_rank(
     if base_out is not None and not tracked() and _writable(base_out, x):
         if x.numel():
             kernel(backend, "low_rank").forward(
-                rows(x), a.contiguous(), _folded(b, rank_scale, update_scale), base_out.view(-1, b.shape[0]), scale, p, seed, None,
-                *_epilogue(column_scale, bias, True),
+                rows(x), a.contiguous(), _folded(b, rank_scale, update_scale), base_out.view(-1, b.shape[0]),
+                scale, p, seed, None, *_epilogue(column_scale, bias, True),
             )  # fmt: skip
         return base_out
     keep = column_scale is not None and column_scale.requires_grad and torch.is_grad_enabled()
@@ -208,7 +208,10 @@ def _backward(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, da, db, dc, and the gradients of rank and update scale. `bias` is given only where `base` holds it, which is not part of what is scaled."""
+    """dx, da, db, dc, and the gradients of rank and update scale.
+
+    `bias` is given only where `base` holds it, which is not part of what is scaled.
+    """
     need_x, need_a, need_b, need_c, need_d, need_e = needs
     dy2, x2 = rows(dy), rows(x)
     none = x.new_empty(0)

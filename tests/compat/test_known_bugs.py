@@ -142,7 +142,9 @@ def test_a_misspelt_key_names_the_right_one(peft, tmp_path):
 def test_every_field_of_peft_is_known(peft):
     """A field that a later PEFT adds must be judged here, neither refused nor ignored by accident."""
     prompt = peft.PromptTuningConfig(num_virtual_tokens=1)
-    for theirs, ours in ((peft.LoraConfig(), pk.LoraConfig), (prompt, pk.PromptTuningConfig)):
+    pairs = [(peft.LoraConfig(), pk.LoraConfig), (prompt, pk.PromptTuningConfig)]
+    pairs += [(peft.IA3Config(), pk.IA3Config), (peft.VeraConfig(), pk.VeraConfig)]
+    for theirs, ours in pairs:
         assert ours.from_dict({k: getattr(v, "value", v) for k, v in theirs.to_dict().items()})
 
 
@@ -186,3 +188,65 @@ def test_several_active_adapters_merge_to_what_they_compute():
     torch.testing.assert_close(model(**batch("llama")).logits, before, rtol=1e-4, atol=1e-5)
     pk.unmerge(model)
     assert torch.equal(model(**batch("llama")).logits, before)
+
+
+def test_unmerging_ia3_is_exact_also_where_a_factor_is_zero():
+    """PEFT divides by the factors plus 1e-8, which neither a zero nor half precision survives."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = shake(pk.attach(build("llama-bias", dtype), pk.IA3Config()))
+        with torch.no_grad():
+            for key, p in model.named_parameters():
+                if key.endswith("scale"):
+                    p.view(-1)[:3] = torch.tensor([0.0, -1e-8, 1e-20])
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        logits = model(**batch("llama-bias")).logits
+        pk.merge(model)
+        if dtype == torch.float32:
+            torch.testing.assert_close(model(**batch("llama-bias")).logits, logits, rtol=1e-4, atol=1e-5)
+        pk.unmerge(model)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_scaling_in_place_leaves_what_a_hook_has_kept():
+    """Without a graph the scaled output takes the place of the base's, unless somebody may still look at that."""
+    model, kept = build("llama"), []
+    target = model.model.layers[0].self_attn.k_proj
+    target.register_forward_hook(lambda _module, _args, out: kept.append((out, out.clone())))
+    shake(pk.attach(model, pk.IA3Config()))
+    with torch.no_grad():
+        model(**batch("llama"))
+    assert torch.equal(*kept[0])
+
+
+@pytest.mark.parametrize(("kind", "key", "value"), [
+    ("IA3Config", "feedforward_modules", ["down_prj"]), ("IA3Config", "feedforward_modules", "down_prj"),
+])  # fmt: skip
+def test_feedforward_modules_that_are_no_targets_are_an_error(kind, key, value):
+    config = getattr(pk, kind)(target_modules=["k_proj", "down_proj"], **{key: value})
+    with pytest.raises(pk.errors.TargetError, match=r"down_prj.*did you mean 'down_proj'"):
+        pk.attach(build("llama"), config)
+
+
+@pytest.mark.parametrize(("kind", "key", "value"), [
+    ("IA3", "ia3_alpha", 1), ("IA3", "feedforward_module", ["x"]), ("VERA", "r_", 4), ("VERA", "vera_dropout", 1.0),
+    ("VERA", "bias", "lora_only"), ("VERA", "r", 0),
+])  # fmt: skip
+def test_an_option_of_ia3_or_vera_that_is_not_known_is_an_error(peft, kind, key, value, tmp_path):
+    theirs = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]) if kind == "IA3" else peft.VeraConfig()
+    with pytest.raises(pk.errors.ConfigError, match=key):
+        pk.load(build("llama"), written(tmp_path, theirs, **{key: value}))
+
+
+@pytest.mark.parametrize("kind", ["IA3Config", "VeraConfig"])
+def test_two_active_adapters_merge_to_what_they_compute(kind):
+    model, off = build("llama-bias"), {"IA3Config": "init_ia3_weights", "VeraConfig": "init_weights"}
+    for index, name in enumerate(("a", "b")):
+        torch.manual_seed(index)
+        more = {"r": 3 + index, "projection_prng_key": index} if kind == "VeraConfig" else {}
+        pk.attach(model, getattr(pk, kind)(target_modules="all-linear", **{off[kind]: False}, **more), name)
+    pk.set_adapter(model, ["a", "b"])
+    before = model(**batch("llama-bias")).logits
+    pk.merge(model)
+    torch.testing.assert_close(model(**batch("llama-bias")).logits, before, rtol=1e-3, atol=1e-4)
+    pk.unmerge(model)
+    assert torch.equal(model(**batch("llama-bias")).logits, before)

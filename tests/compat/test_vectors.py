@@ -1,4 +1,4 @@
-"""(IA)³ and VeRA files in both directions: the same outputs, gradients, keys and merged weights as Hugging Face PEFT."""
+"""(IA)³ and VeRA files in both directions: outputs, gradients, keys and merged weights as in Hugging Face PEFT."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_default_targets_of_ia3_load_there(peft, name, tmp_path):
 def test_every_layer_of_peft_s_vera_reads_the_same_matrices(peft, tmp_path):
     theirs = from_peft(peft, "vera-many-shapes", tmp_path)
     ours = pk.load(build("llama-bias"), tmp_path)
-    found = pk.attach(build("llama-bias"), pk.VeraConfig(r=6, target_modules=CASES["vera-many-shapes"][2]["target_modules"]))
+    found = pk.attach(build("llama-bias"), configuration(pk, "vera-many-shapes")[1])
     for model in (ours, found):
         shared = model._peftkern.shared["default"]
         assert torch.equal(shared.a, theirs.base_model.vera_A["default"])

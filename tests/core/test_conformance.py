@@ -42,8 +42,25 @@ test_prompt_of_one_with_head = conformance_tests(
     {"num_virtual_tokens": 1, "prompt_tuning_init": "SAMPLE_VOCAB", "task_type": "TOKEN_CLS"},
     checks=QUICK,
 )
+test_ia3_everywhere = conformance_tests(
+    "ia3",
+    {
+        "target_modules": "all-linear",
+        "feedforward_modules": ".*(output.dense|c_proj|down_proj|o_proj)",
+        "task_type": "TOKEN_CLS",
+    },
+    checks=QUICK,
+)
+test_vera_everywhere = conformance_tests(
+    "vera",
+    {"target_modules": "all-linear", "r": 7, "vera_dropout": 0.1, "bias": "all", "save_projection": False},
+    checks=QUICK,
+)
+test_vera_one_block = conformance_tests(
+    "vera", {"target_modules": "all-linear", "r": 7, "layers_to_transform": 1, "bias": "vera_only"}, checks=QUICK
+)
 test_last_block = conformance_tests("head", {"last_k": 1}, checks=QUICK)
 
 
 def test_builtin_methods_are_installed() -> None:
-    assert {"lora", "adapter", "prompt_tuning", "head", "bitfit", "full"} <= set(registry.names())
+    assert {"lora", "adapter", "prompt_tuning", "head", "bitfit", "full", "ia3", "vera"} <= set(registry.names())

@@ -38,6 +38,10 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).to(dtype)
 
 
+def rand_like(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
 def mask(m: int, c: int, p: float) -> Tensor:
     if p == 0.0:
         return torch.ones(m, c, dtype=torch.float64)
@@ -132,6 +136,27 @@ def test_activations_hold_over_the_whole_range(isa: str, act: str) -> None:
     torch.testing.assert_close(dx[:, 0].double(), slope, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("t", "w"), PAIRS, ids=str)
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_column_scale_matches_float64(isa: str, t: torch.dtype, w: torch.dtype) -> None:
+    C.force_isa(isa)
+    # One row or two at a time, rows and columns around the edges of lanes and tiles.
+    for m, c in [(1, 1), (2, 15), (3, 17), (64, 33), (65, 16), (129, 47), (600, 5), (5, 2049), (4200, 3)]:
+        torch.manual_seed(m)
+        x, dy, s = rand(m, c, dtype=t), rand(m, c, dtype=t), rand(c, dtype=w)
+        y = torch.full_like(x, torch.nan)
+        ops.column_scale_forward(x, s, y)
+        assert_near(y, x.double() * s.double(), EPSILON[t])
+        dx, ds = ops.column_scale_backward(dy, x, s, True)
+        assert_near(dx, dy.double() * s.double(), EPSILON[t])
+        assert_near(ds, (dy.double() * x.double()).sum(0), 5e-6)
+        none, alone = ops.column_scale_backward(dy, x, s, False)
+        assert none.numel() == 0 and torch.equal(alone, ds)
+        assert torch.equal(ops.column_scale_backward(dy, None, s, True)[0], dx)
+        ops.column_scale_forward(x, s, x)
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("isa", AVAILABLE)
 def test_threads_do_not_change_a_bit(isa: str) -> None:
     C.force_isa(isa)
@@ -145,7 +170,9 @@ def test_threads_do_not_change_a_bit(isa: str) -> None:
             da, db = ops.low_rank_backward(dy, x, a, b, h, dx, 0.5, 0.2, SEED, True, True)
             out, pre = ops.bottleneck_forward(x, a, None, b, None, None, "gelu", 0.5, 0.2, SEED)
             grads = ops.bottleneck_backward(dy, x, pre, a, b, "gelu", 0.5, 0.2, SEED, False, True)
-            results.append([h, y, dx, da, db, out, pre, *grads])
+            scaled = ops.column_scale_backward(dy, y, b[:, 0].contiguous(), True)
+            tall = ops.column_scale_backward(rand_like(5000, 70), rand_like(5000, 70), torch.ones(70), True)
+            results.append([h, y, dx, da, db, out, pre, *grads, *scaled, *tall])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -212,6 +239,13 @@ def bad_calls() -> Iterator[tuple[str, str, list[object]]]:
     yield "bottleneck_forward", "up_bias has shape", [x, a, None, b, rand(6), None, "relu", 1.0, 0.0, None]
     yield "bottleneck_forward", "residual has shape", [x, a, None, b, None, x, "relu", 1.0, 0.0, None]
     yield "bottleneck_backward", "add_dy needs N == K", [dy, x, h, a, b, "relu", 1.0, 0.0, None, True, True]
+    yield "column_scale_forward", r"s has shape \[5\], want \[6\]", [x, rand(5), x]
+    yield "column_scale_forward", "y is not contiguous", [x, rand(6), rand(4, 12)[:, :6]]
+    yield "column_scale_forward", "y has dtype BFloat16", [x, rand(6), x.bfloat16()]
+    yield "column_scale_forward", "s has dtype Double", [x, rand(6).double(), x]
+    yield "column_scale_forward", "M is 0", [rand(0, 6), rand(6), rand(0, 6)]
+    yield "column_scale_backward", r"x has shape \[4, 5\]", [x, dy, rand(6), True]
+    yield "column_scale_backward", "dy has stride 2", [rand(4, 12)[:, ::2], x, rand(6), True]
     ids, ones = torch.tensor([[0, 9]]), torch.ones(1, 2, dtype=torch.int64)
     yield "prompt_concat_forward", "ids has 9 at flat index 1", [ids, rand(4, 6), rand(2, 6), ones, None]
     yield "prompt_concat_forward", "mask has dtype Bool", [ids, rand(10, 6), rand(2, 6), ones.bool(), None]

@@ -14,7 +14,7 @@ tl = pytest.importorskip("triton.language", reason="triton is not installed")
 
 from peftkern.kernels._launch import Gradients  # noqa: E402
 
-from peftkern.kernels import _common, _device, _tiles, bottleneck, low_rank, prompt_concat  # noqa: E402
+from peftkern.kernels import _common, _device, _tiles, bottleneck, column_scale, low_rank, prompt_concat  # noqa: E402
 
 GPU = torch.cuda.is_available() and not _common.INTERPRETED
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -114,7 +114,7 @@ def test_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("module", [low_rank, bottleneck, prompt_concat], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [low_rank, bottleneck, prompt_concat, column_scale], ids=lambda module: module.__name__)
 def test_refusals_say_what_came(module) -> None:
     assert "float64" in module.refuse(torch.device("cpu"), torch.float64)
     assert "meta" in module.refuse(torch.device("meta"), torch.float32)
