@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkern import dispatch
+from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autograd, choose, kernel, rows, tracked
 
 
@@ -112,9 +113,9 @@ def _sizes(x: Tensor, s: Tensor, **_: Any) -> dict[str, int]:
     return {"M": math.prod(x.shape[:-1]), "C": s.shape[0], "mixed": int(s.dtype.itemsize > x.dtype.itemsize)}
 
 
-def _launch_costs_more(backend: str, dtype: torch.dtype, *, M: int, C: int, mixed: int) -> str | None:
+def _launch_costs_more(backend: str, dtype: torch.dtype, *, M: int, C: int = 0, mixed: int = 0) -> str | None:
     least = _MIXED_FROM if mixed else _SAME_FROM
-    if backend == "cpu" and M * C < least:
+    if backend == "cpu" and 0 < C and M * C < least:  # C is not known while compiling
         return f"{M} x {C} elements: below {least} one multiplication by torch is faster than the launch"
     return None
 
@@ -150,4 +151,10 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
     yield "transposed", {"x": rand(40, 6).T, "s": rand(40)}
 
 
-OP = Op("column_scale", column_scale, reference, samples, compiled=("3d-64", "7x33"))
+def draw(draw: Draw) -> dict[str, Any]:
+    """A random case."""
+    c = draw.size()
+    return {"x": draw.randn(*draw.lead(), c), "s": draw.randn(c, dtype=draw.adapter_dtype())}
+
+
+OP = Op("column_scale", column_scale, reference, samples, draw=draw, compiled=("3d-64", "7x33"))

@@ -98,7 +98,7 @@ def test_vera_has_one_pair_of_matrices_as_large_as_the_largest_layer():
     assert not any(p.shape == shared.a.shape for p in model.parameters())
 
 
-@pytest.mark.parametrize("twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "dump"])
 def test_a_copy_shares_among_its_own_layers_only(twin):
     model = pk.attach(tiny_llama(), pk.VeraConfig(**VERA))
     other = twin(model)
@@ -158,7 +158,7 @@ def test_a_file_without_the_projections_that_it_promises_is_an_error(tmp_path):
     pk.save(model, tmp_path)
     path = tmp_path / checkpoint.CONFIG_FILE
     path.write_text(path.read_text().replace('"save_projection": false', '"save_projection": true'))
-    with pytest.raises(pk.errors.CheckpointError, match="base_model.vera_A .* is missing"):
+    with pytest.raises(pk.errors.CheckpointError, match=r"base_model\.vera_A .* is missing"):
         pk.load(tiny_llama(), tmp_path)
 
 

@@ -114,7 +114,9 @@ def test_rounding_is_to_nearest_even(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("module", [low_rank, bottleneck, prompt_concat, column_scale], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [low_rank, bottleneck, prompt_concat, column_scale], ids=lambda module: module.__name__
+)
 def test_refusals_say_what_came(module) -> None:
     assert "float64" in module.refuse(torch.device("cpu"), torch.float64)
     assert "meta" in module.refuse(torch.device("meta"), torch.float32)
