@@ -57,6 +57,7 @@ std::tuple<Tensor, Tensor> column_scale_backward(const Tensor& dy, const std::op
   op.m = dy.size(0), op.c = dy.size(1);
   check.positive("M", op.m), check.positive("C", op.c);
   check.shape("dy", dy, {op.m, op.c}, true);
+  check.that(x.has_value() || need_dx, "x is None and need_dx false: want one of the gradients");
   Buffer<float> buffer(op.c);
   op.s = scale_values(check, s, op.c, buffer);
   op.dy = check.matrix("dy", dy);

@@ -102,8 +102,10 @@ def _function(
         def forward(ctx: Any, lengths: tuple[int | None, ...] | None, *flat: Any) -> Any:
             args = flat if lengths is None else _nested(flat, lengths)
             output = forward(*args)
-            ctx.lengths = lengths
+            ctx.lengths, needs = lengths, ctx.needs_input_grad
+            ctx.needs_input_grad = needs[1:] if lengths is None else _nested(needs[1:], lengths)
             setup_context(ctx, args, output)
+            ctx.needs_input_grad = needs
             return output
 
         @staticmethod

@@ -246,6 +246,7 @@ def bad_calls() -> Iterator[tuple[str, str, list[object]]]:
     yield "column_scale_forward", "M is 0", [rand(0, 6), rand(6), rand(0, 6)]
     yield "column_scale_backward", r"x has shape \[4, 5\]", [x, dy, rand(6), True]
     yield "column_scale_backward", "dy has stride 2", [rand(4, 12)[:, ::2], x, rand(6), True]
+    yield "column_scale_backward", "x is None and need_dx false", [x, None, rand(6), False]
     ids, ones = torch.tensor([[0, 9]]), torch.ones(1, 2, dtype=torch.int64)
     yield "prompt_concat_forward", "ids has 9 at flat index 1", [ids, rand(4, 6), rand(2, 6), ones, None]
     yield "prompt_concat_forward", "mask has dtype Bool", [ids, rand(10, 6), rand(2, 6), ones.bool(), None]
