@@ -132,7 +132,8 @@ def _spawn(command: list[str], watch: _Watch, patience: float, end: float) -> tu
         reader.start()
     try:
         while (line := lines.get(timeout=max(0.0, min(patience, end - time.time())))) is not None:
-            watch.event(json.loads(line))
+            if line.endswith("\n"):  # a process that dies may leave half a line
+                watch.event(json.loads(line))
         code: int | None = process.wait()
     except queue.Empty:
         code = None

@@ -34,7 +34,7 @@ _TILES: dict[tuple[str, str], _Rows] = {
     ("row", "float"): {64: (64, 32, 64, 4, 3), 128: (64, 32, 128, 8, 2)},
     ("expand", "half"): {128: (64, 128, 32, 8, 2)},
     ("expand", "split"): {128: (64, 64, 32, 4, 2)},
-    ("expand", "float"): {128: (64, 64, 16, 4, 2)},
+    ("expand", "float"): {128: (64, 64, 16, 8, 2)},
     ("column", "half"): {
         16: (32, 128, 16, 8, 2),
         32: (32, 64, 32, 4, 2),
@@ -58,9 +58,14 @@ _OVERRIDES: dict[tuple[str, str, str], _Rows] = {
     ("sm80", "column", "split"): {64: (32, 32, 64, 4, 2)},
     ("sm80", "column", "float"): {64: (32, 64, 64, 8, 2), 128: (32, 32, 128, 8, 2)},
     ("sm90", "column", "float"): {64: (32, 32, 64, 4, 2)},
+    ("sm80", "multi_low_rank/row", "half"): {128: (64, 64, 128, 8, 4)},
+    ("sm80", "multi_low_rank/expand", "split"): {64: (64, 64, 32, 8, 2)},
     ("sm100", "row", "split"): {16: (64, 32, 16, 4, 4)},
     ("sm100", "row", "float"): {32: (64, 32, 32, 4, 3), 64: (64, 32, 64, 8, 3)},
+    ("sm100", "column", "split"): {32: (32, 32, 32, 4, 2)},
+    ("sm100", "multi_low_rank/row", "half"): {64: (64, 64, 64, 4, 3), 128: (64, 64, 128, 8, 4)},
     ("gfx942", "row", "split"): {128: (64, 32, 128, 4, 3)},
+    ("gfx942", "multi_low_rank/row", "half"): {128: (64, 64, 128, 4, 2)},
     ("gfx942", "column", "half"): {128: (32, 32, 128, 4, 2)},
     ("gfx942", "column", "split"): {32: (32, 64, 32, 4, 2), 128: (32, 32, 128, 4, 2)},
 }
@@ -80,9 +85,13 @@ def padded_rank(rank: int) -> int:
 
 @functools.cache
 def tile(name: str, precision: str, rank: int, arch: str) -> Tile:
-    """Tile of a pass ("row", "expand", "column", "dy", "fused") for this precision, rank and architecture."""
+    """Tile of a pass ("row", "expand", "column", "dy", "fused") for this precision, rank and architecture.
+
+    "OP/PASS": that of the pass, unless the op's own kernel for it has an override.
+    """
     padded, kind = padded_rank(rank), _kind(precision)
-    rows = _TILES[name, kind] | _OVERRIDES.get((arch, name, kind), {})
+    shared = name.rpartition("/")[2]
+    rows = _TILES[shared, kind] | _OVERRIDES.get((arch, shared, kind), {}) | _OVERRIDES.get((arch, name, kind), {})
     block_m, block_c, block_r, num_warps, num_stages = rows[min(limit for limit in rows if padded <= limit)]
     return Tile(block_m, block_c, min(padded, block_r), num_warps, num_stages)
 

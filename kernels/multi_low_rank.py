@@ -333,7 +333,7 @@ def gradient_kernel(
 
 def _tile(name: str, call: _Call, rows: int, precision: str, device: Device) -> Tile:
     """The pass's tile, no taller than the adapters' share of the rows, nor than registers allow beside row numbers."""
-    t = tile(name, precision, call.most, device.arch)
+    t = tile(f"multi_low_rank/{name}", precision, call.most, device.arch)
     tallest = 64 if precision in ("bf16", "fp16") and call.most <= 64 else 32
     share = triton.next_power_of_2(max(1, -(-rows // call.cells.shape[0])))
     return t._replace(block_m=max(_LEAST_M, min(t.block_m, share, tallest)))

@@ -125,10 +125,17 @@ def fake(tmp_path: Path, crash: str) -> list[str]:
     return [sys.executable, str(script)]
 
 
+HALF = """print('{"event": "ro', end="", flush=True); os.abort()"""
+
+
 @pytest.mark.parametrize(
     ("crash", "said"),
-    [("os.abort()", "signal 6; illegal memory access"), ("time.sleep(60)", "no sign of life for 3 s")],
-    ids=["crash", "hang"],
+    [
+        ("os.abort()", "signal 6; illegal memory access"),
+        (HALF, "signal 6; illegal memory access"),
+        ("time.sleep(60)", "no sign of life for 3 s"),
+    ],
+    ids=["crash", "half a line", "hang"],
 )
 def test_a_process_that_dies_costs_one_provider(tmp_path, crash, said):
     result = Result("cpu")

@@ -152,6 +152,16 @@ def test_every_rank_has_a_tile(name: str, precision: str) -> None:
             assert _tiles.row_block_m(1, tile, 132) == 16
 
 
+def test_an_op_may_override_the_rows_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = _tiles.tile("row", "bf16", 128, "one of tomorrow")
+    assert _tiles.tile("some_op/row", "bf16", 128, "one of tomorrow") == shared
+    monkeypatch.setitem(_tiles._OVERRIDES, ("one of tomorrow", "some_op/row", "half"), {128: (32, 32, 128, 8, 2)})
+    _tiles.tile.cache_clear()
+    assert _tiles.tile("some_op/row", "bf16", 128, "one of tomorrow") == (32, 32, 128, 8, 2)
+    assert _tiles.tile("row", "bf16", 128, "one of tomorrow") == shared
+    _tiles.tile.cache_clear()
+
+
 @needs_launch
 def test_gradients_over_many_row_splits() -> None:
     """Uneven splits, then the reduction over a workspace whose slots are not aligned."""
