@@ -290,6 +290,8 @@ def _speed_rows(
             others = {other: _ratio(taken, theirs) for other, theirs in times.items() if other != name}
             row = case.row(name, mode, y=quantiles([1e3 * t for t in taken]), ratios=others)
             row.backend, row.rounds = runners[name].backend, len(taken)
+            if inference:
+                row.config["grad"] = False
             if case.device.type == "cuda":
                 row.config["launch"] = launch
             cost = costs.get(mode)

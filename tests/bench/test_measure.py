@@ -139,7 +139,7 @@ def test_leaves_out_what_it_is_told_to():
 
 def test_inference_has_a_forward_only():
     rows = measure(case(floor=lambda: Runner(lambda: torch.ones(2))), SETTINGS)
-    assert [row.kernel_operation_mode for row in rows] == ["forward"]
+    assert [(row.kernel_operation_mode, row.config["grad"]) for row in rows] == [("forward", False)]
 
 
 def test_nan_and_a_missing_value_never_pass():
