@@ -32,7 +32,7 @@ def forward(wide: Tensor, up: Tensor, down: Tensor, scale: float, by_row: bool) 
     (p, q), r = wide.shape, up.shape[1]
     product = precision(wide.dtype, up.dtype).wide
     device = device_of(wide)
-    t = tile("expand", product, r, device.arch)
+    t = tile("weight_norm/expand", product, r, device.arch)
     blocks = (triton.cdiv(p, t.block_m), triton.cdiv(q, t.block_c))
     kept, summed = blocks if by_row else blocks[::-1]
     splits = max(1, min(triton.cdiv(4 * device.processors, kept), summed // 2))
