@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from peftkern.errors import AdapterError
 
@@ -117,10 +118,12 @@ class Rows:
         """
         if module.training or torch.compiler.is_compiling():
             return _groups(self.names, module.adapters)
-        path = module.base.path
-        groups: list[Group] | None = self._kept.get(path)
-        if groups is None or any(group.fused and any(map(_hooked, group.adapters)) for group in groups):
-            groups = self._kept[path] = _groups(self.names, module.adapters)
+        path, hooks = module.base.path, RemovableHandle.next_id
+        groups: list[Group]
+        known, groups = self._kept.get(path, (None, []))
+        if known != hooks:  # a hook has been registered since, on whatever: looking at every adapter's would cost more
+            groups = _groups(self.names, module.adapters)
+            self._kept[path] = hooks, groups
         return groups
 
     def _keep(self, key: Hashable, make: Callable[[], Any]) -> Any:
