@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -214,19 +215,19 @@ def _backward(
     """
     need_x, need_a, need_b, need_c, need_d, need_e = needs
     dy2, x2 = rows(dy), rows(x)
-    none = x.new_empty(0)
+    none = functools.partial(x.new_empty, 0)  # a custom op may not return one tensor twice
     c = None if column_scale is None else column_scale.detach().float().contiguous()
     dx: Tensor | None = None
     if need_x:
         dx = x.new_zeros(x2.shape) if weight is None else _input_gradient(dy2, weight, c)
     if x2.shape[0] == 0:
         return (
-            none if dx is None else dx.view(x.shape),
-            torch.zeros_like(a) if need_a else none,
-            torch.zeros_like(b) if need_b else none,
-            none if column_scale is None or not need_c else torch.zeros_like(column_scale),
-            none if rank_scale is None or not need_d else torch.zeros_like(rank_scale),
-            none if update_scale is None or not need_e else torch.zeros_like(update_scale),
+            none() if dx is None else dx.view(x.shape),
+            torch.zeros_like(a) if need_a else none(),
+            torch.zeros_like(b) if need_b else none(),
+            none() if column_scale is None or not need_c else torch.zeros_like(column_scale),
+            none() if rank_scale is None or not need_d else torch.zeros_like(rank_scale),
+            none() if update_scale is None or not need_e else torch.zeros_like(update_scale),
         )
     base2 = rows(base) if need_c and base is not None else None
     dc = dy2.new_zeros(b.shape[0], dtype=torch.float32) if need_c else None
@@ -244,12 +245,12 @@ def _backward(
         db *= c[:, None]
     db, dd, de = _unfolded(db, b, rank_scale, update_scale, need_b, need_d, need_e)
     return (
-        none if dx is None else dx.view(x.shape),
-        da.to(a.dtype) if need_a else none,
-        none if db is None else db.to(b.dtype),
-        none if dc is None or column_scale is None else dc.to(column_scale.dtype),
-        none if dd is None or rank_scale is None else dd.to(rank_scale.dtype),
-        none if de is None or update_scale is None else de.to(update_scale.dtype),
+        none() if dx is None else dx.view(x.shape),
+        da.to(a.dtype) if need_a else none(),
+        none() if db is None else db.to(b.dtype),
+        none() if dc is None or column_scale is None else dc.to(column_scale.dtype),
+        none() if dd is None or rank_scale is None else dd.to(rank_scale.dtype),
+        none() if de is None or update_scale is None else de.to(update_scale.dtype),
     )
 
 
