@@ -91,8 +91,7 @@ def _leaves(t: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str,
 
 
 def _ours(t: dict[str, Tensor], s: Shape) -> Runner:
-    mixed = int(s.adapter.itemsize > s.dtype.itemsize)
-    backend = dispatch.choose("column_scale", t["x"].device, s.dtype, M=s.m, C=s.c, mixed=mixed)
+    backend = dispatch.explain("column_scale", t["x"], t["s"]).backend
     if not s.train:
         x = t["x"].clone()
         timed = _peers.inference(lambda: ops.column_scale(x, t["s"], overwrite=True), backend=backend)
