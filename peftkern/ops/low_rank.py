@@ -116,7 +116,7 @@ def low_rank(
     if base_out is not None and not tracked() and _writable(base_out, x):
         if x.numel():
             kernel(backend, "low_rank").forward(
-                rows(x), a.contiguous(), _folded(b, rank_scale, update_scale), base_out.view(-1, b.shape[0]),
+                rows(x), *_operands(x, a, b, rank_scale, update_scale), base_out.view(-1, b.shape[0]),
                 scale, p, seed, None, *_epilogue(column_scale, bias, True),
             )  # fmt: skip
         return base_out
@@ -135,6 +135,16 @@ def _folded(b: Tensor, rank_scale: Tensor | None, update_scale: Tensor | None) -
     out = b if rank_scale is None else b * rank_scale
     out = out if update_scale is None else out * update_scale[:, None]
     return out.to(b.dtype).contiguous()
+
+
+def _operands(
+    x: Tensor, a: Tensor, b: Tensor, rank_scale: Tensor | None, update_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """a and b as the kernels take them, the scales folded into b without a rounding that x's dtype would not make."""
+    if rank_scale is not None or update_scale is not None:
+        compute = torch.promote_types(x.dtype, b.dtype)
+        a, b = a.to(compute), _folded(b.to(compute), rank_scale, update_scale)
+    return a.contiguous(), b.contiguous()
 
 
 def _epilogue(column_scale: Tensor | None, bias: Tensor | None, in_base: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -184,7 +194,7 @@ def _forward(
         h = x.new_empty(0, a.shape[0], dtype=torch.float32)
     else:
         h = kernel(backend, "low_rank").forward(
-            x2, a.contiguous(), _folded(b, rank_scale, update_scale), y, scale, p, seed, None if base is y else base,
+            x2, *_operands(x, a, b, rank_scale, update_scale), y, scale, p, seed, None if base is y else base,
             *_epilogue(column_scale, bias, base_out is not None),
         )  # fmt: skip
     kept = base if keep and weight is not None and base is not None else x.new_empty(0)
@@ -231,10 +241,10 @@ def _backward(
         )
     base2 = rows(base) if need_c and base is not None else None
     dc = dy2.new_zeros(b.shape[0], dtype=torch.float32) if need_c else None
-    folded = _folded(b, rank_scale, update_scale)
-    scaled = folded if c is None else (folded * c.to(b.dtype)[:, None]).contiguous()
+    wide_a, folded = _operands(x, a, b, rank_scale, update_scale)
+    scaled = folded if c is None else (folded * c.to(folded.dtype)[:, None]).contiguous()
     da, db = kernel(backend, "low_rank").backward(
-        dy2, x2, a.contiguous(), scaled, h, dx, scale, p, seed, need_a, need_b or need_c or need_d or need_e,
+        dy2, x2, wide_a, scaled, h, dx, scale, p, seed, need_a, need_b or need_c or need_d or need_e,
         base2, None if base2 is None else dc,
     )  # fmt: skip
     if dc is not None:
