@@ -111,11 +111,7 @@ void expand_tile(const Lane* small, int64_t lds, int64_t rows, const PanelPack<L
     const int64_t m = i < rows ? i : rows - 1;
     pointers[i] = small + m * lds;
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVecs; ++v) {
-      acc[i][v] = to.first(c0 + v * kLanes);
-      if constexpr (!MASKED)
-        if (to.base) acc[i][v] += load_columns(to.base + m * to.ldbase, c0 + v * kLanes, cols);
-    }
+    for (int v = 0; v < kTileVecs; ++v) acc[i][v] = to.first(c0 + v * kLanes);
   }
   tile<Lane, ROWS>(pointers, 1, Packed<Lane>{w.at(panel), kPanel}, w.depth, acc);
 #pragma GCC unroll 8
@@ -125,10 +121,9 @@ void expand_tile(const Lane* small, int64_t lds, int64_t rows, const PanelPack<L
     for (int v = 0; v < kTileVecs; ++v) {
       const int64_t c = c0 + v * kLanes;
       vf value = acc[i][v];
-      if constexpr (MASKED) {
-        value = keep(value, lane_bits(to.bits + i * to.ldb, c - to.mask_c0));
-        if (to.base) value += load_columns(to.base + i * to.ldbase, c, cols);
-      }
+      if constexpr (MASKED) value = keep(value, lane_bits(to.bits + i * to.ldb, c - to.mask_c0));
+      // Last: every one of many small terms added to a large base would be rounded at the base's size.
+      if (to.base) value += load_columns(to.base + i * to.ldbase, c, cols);
       store_columns(to.out + i * to.ldo, to.last(value, c), c, cols);
     }
   }

@@ -41,7 +41,7 @@ def permuted(value: Tensor) -> Tensor:
 
 
 def expanded(value: Tensor) -> Tensor:
-    """The first of the leading dimensions with stride 0: other values, the same shape. Integers stay: they are indices."""
+    """The first dimension with stride 0: other values, the same shape. Integers stay: they are indices."""
     repeats = value.is_floating_point() and value.dim() > 1 and value.numel() > 0
     return value[:1].clone().expand_as(value) if repeats else value
 
