@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -160,7 +159,6 @@ def _groups(names: Sequence[str], adapters: Mapping[str, Any]) -> list[Group]:
     return [Group(tuple(group), [adapters[name] for name in group], key is not None) for key, group in found.items()]
 
 
-@functools.cache
 def _runs_fused(kind: type) -> bool:
     """Whether `forward_mixed` was written for this class's forward: a subclass may have changed the latter only."""
     for parent in kind.__mro__:

@@ -127,7 +127,7 @@ def _forward(
     elif base_out is None:
         y = x.new_zeros(x2.shape[0], n)
     else:
-        y = base_out.to(x.dtype).reshape(x2.shape[0], -1).clone(memory_format=torch.contiguous_format)
+        y = base_out.to(x.dtype).reshape(x2.shape[0], n).clone(memory_format=torch.contiguous_format)
     shape, adapters = (*x.shape[:-1], n), table(a, b, scales)
     if x2.shape[0] == 0:
         return y.view(shape), x.new_empty(0, adapters.sizes[0], dtype=torch.float32)
