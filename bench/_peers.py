@@ -79,6 +79,21 @@ class LoraLinear(nn.Module):
         return y + (self.scale * F.linear(h, self.b)).to(y.dtype)
 
 
+class DoraLinear(LoraLinear):
+    """bias + m / ‖W + s · BA‖ ⊙ (W x + s · B(A(drop(x)))), the norm detached: the paper's formula, in eager PyTorch."""
+
+    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float, p: float) -> None:
+        super().__init__(base, a, b, scale, p)
+        self.magnitude = nn.Parameter(base.weight.detach().to(a.dtype).norm(dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = (self.base.weight + self.scale * (self.b @ self.a)).detach().norm(dim=1)
+        h = F.linear(self.dropout(x.to(self.a.dtype)), self.a)
+        z = F.linear(x, self.base.weight) + self.scale * F.linear(h, self.b)
+        y = (self.magnitude / norm * z).to(x.dtype)
+        return y if self.base.bias is None else y + self.base.bias
+
+
 class AddmmLoraLinear(LoraLinear):
     """The same without dropout, as one autograd function with in-place addmm_, in the dtype of x."""
 
@@ -92,9 +107,7 @@ class AddmmLoraLinear(LoraLinear):
 
 class _Addmm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = F.linear(rows, weight, bias)
         y.addmm_(rows @ a.T, b.T, alpha=scale)

@@ -30,7 +30,7 @@ _R, _ALPHA = 8, 16.0
 
 @dataclass(frozen=True)
 class Method:
-    """What trains: `kind` is lora, adapter, prompt or full; `targets` the linear layers that LoRA adapts."""
+    """What trains: `kind` is lora, dora, adapter, prompt or full; `targets` the linear layers that LoRA adapts."""
 
     label: str
     kind: str
@@ -46,11 +46,16 @@ METHODS = (
     Method("bottleneck p0", "adapter"),
     Method("bottleneck p0.1", "adapter", 0.1),
     Method("prompt tuning", "prompt"),
+    Method("dora all p0.1", "dora", 0.1, "all_linear"),
+    Method("dora all p0", "dora", 0.0, "all_linear"),
     Method("full", "full"),
 )
 _MAIN = (METHODS[0], METHODS[4], METHODS[2], METHODS[6])
 LIMITS = {torch.float32: 1.25, torch.bfloat16: 1.35}
 """Gates on LoRA on all linear layers with dropout .1 of the small BERT: at most so many times the floor."""
+DORA_LIMITS = {torch.float32: 1.20, torch.bfloat16: 1.30}
+"""The same for DoRA."""
+_LOW_RANK = ("lora", "dora")
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -105,10 +110,10 @@ def _case(options: Options, model: Model, method: Method, dtype: torch.dtype) ->
     }
     if method.kind == "lora" and method.p == 0.0 and not options.quick:
         providers["addmm"] = functools.partial(build, _addmm_lora)
-    if method.kind in ("lora", "prompt") and not options.quick:
+    if method.kind in (*_LOW_RANK, "prompt") and not options.quick:
         providers["peft"] = functools.partial(build, _peft)
-    if options.compile != "none" and method.kind == "lora":
-        providers["torch.compile"] = functools.partial(build, _PLAIN["lora"], mode=options.compile)
+    if options.compile != "none" and method.kind in _LOW_RANK:
+        providers["torch.compile"] = functools.partial(build, _PLAIN[method.kind], mode=options.compile)
         providers["peftkern.compile"] = functools.partial(build, _ours, mode=options.compile)
     if method.kind == "lora" and model.family == "llama" and options.device.type == "cuda":
         providers["peft+liger"] = functools.partial(build, _peft_liger)
@@ -122,12 +127,13 @@ def _case(options: Options, model: Model, method: Method, dtype: torch.dtype) ->
 
 
 def _gates(options: Options, model: Model, method: Method, dtype: torch.dtype) -> list[Gate]:
-    """Marks on LoRA on all linear layers: against the floor on the small BERT, against peers on a Llama's layers."""
-    if method.kind != "lora" or method.targets != "all_linear" or options.quick:
+    """Marks on LoRA and DoRA on all linear layers: against the floor on the small BERT; LoRA's against its peers too."""
+    if method.kind not in _LOW_RANK or method.targets != "all_linear" or options.quick:
         return []
     if options.device.type == "cpu":
-        return [Gate(LIMITS[dtype])] if model.name == "bert-6x384" and method.p else []
-    if model.name != "llama-8b-layers":
+        limits = LIMITS if method.kind == "lora" else DORA_LIMITS
+        return [Gate(limits[dtype])] if model.name == "bert-6x384" and method.p else []
+    if model.name != "llama-8b-layers" or method.kind != "lora":
         return []
     # The fused addmm has no dropout, so that its mark belongs to the step without.
     if method.p == 0.0:
@@ -219,7 +225,7 @@ def _runner(
     step = _step(options, model, method, dtype, build)
     if mode is not None:
         step.call = torch.compile(step.module, dynamic=False, mode=mode)
-    op = {"lora": "low_rank", "adapter": "bottleneck", "prompt": "prompt_concat"}.get(method.kind)
+    op = {"lora": "low_rank", "dora": "low_rank", "adapter": "bottleneck", "prompt": "prompt_concat"}.get(method.kind)
     ours = build is _ours and op is not None
     return step.runner(dispatch.choose(op or "", options.device, dtype) if ours else "")
 
@@ -234,7 +240,8 @@ def adapted(model: Model, method: Method, base: nn.Module, build: Build) -> tupl
     module, trained = build(model, method, base)
     if method.kind != "full":
         for name, parameter in trained.items():
-            parameter.data.copy_(_value(name, parameter.shape))
+            if not name.endswith(":magnitude"):  # it starts as the norm of the weight, with every provider
+                parameter.data.copy_(_value(name, parameter.shape))
     return module, trained
 
 
@@ -267,10 +274,15 @@ def _cost(options: Options, model: Model, dtype: torch.dtype) -> Mapping[str, Co
 
 
 def _ours(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    def lora(use_dora: bool) -> pk.LoraConfig:
+        targets = getattr(model, method.targets)
+        return pk.LoraConfig(
+            r=_R, lora_alpha=_ALPHA, lora_dropout=method.p, target_modules=targets, use_dora=use_dora
+        )  # fmt: skip
+
     configs: dict[str, Callable[[], Any]] = {
-        "lora": lambda: pk.LoraConfig(
-            r=_R, lora_alpha=_ALPHA, lora_dropout=method.p, target_modules=getattr(model, method.targets)
-        ),
+        "lora": lambda: lora(False),
+        "dora": lambda: lora(True),
         "adapter": lambda: pk.BottleneckConfig(placement="ffn", dropout=method.p),
         "prompt": lambda: pk.PromptTuningConfig(num_virtual_tokens=PROMPT),
         "full": lambda: pk.FullConfig(keep_original=False),
@@ -286,6 +298,10 @@ def _ours(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dic
 
 def _plain_lora(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     return _replace_lora(model, method, base, _peers.LoraLinear)
+
+
+def _plain_dora(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    return _replace_lora(model, method, base, _peers.DoraLinear)
 
 
 def _addmm_lora(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
@@ -305,7 +321,7 @@ def _replace_lora(
         a, b = torch.empty(_R, linear.in_features), torch.empty(linear.out_features, _R)
         layer = kind(linear, a.to(linear.weight.device), b.to(linear.weight.device), _ALPHA / _R, method.p)
         base.set_submodule(path, layer)
-        trained |= {f"{path}:a": layer.a, f"{path}:b": layer.b}
+        trained |= {f"{path}:{name}": p for name, p in layer.named_parameters() if not name.startswith("base.")}
     return base, trained
 
 
@@ -337,9 +353,11 @@ def _peft(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dic
         return module, {"prompt:prompt": rows}
     names = getattr(model, method.targets)
     module = _peers.peft_model(
-        base, "LoraConfig", r=_R, lora_alpha=_ALPHA, lora_dropout=method.p, target_modules=names, bias="none"
-    )
+        base, "LoraConfig", r=_R, lora_alpha=_ALPHA, lora_dropout=method.p, target_modules=names, bias="none",
+        use_dora=method.kind == "dora",
+    )  # fmt: skip
     kinds = {"lora_A.default.weight": "a", "lora_B.default.weight": "b"}
+    kinds |= {"lora_magnitude_vector.default.weight": "magnitude"}
     trained = {}
     for name, parameter in module.named_parameters():
         for end, kind in kinds.items():
@@ -355,6 +373,7 @@ def _peft_liger(model: Model, method: Method, base: nn.Module) -> tuple[nn.Modul
 
 _PLAIN: Mapping[str, Build] = {
     "lora": _plain_lora,
+    "dora": _plain_dora,
     "adapter": _plain_bottleneck,
     "prompt": _plain_prompt,
     "full": _plain_full,

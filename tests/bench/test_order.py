@@ -15,12 +15,18 @@ GPU = Options(torch.device("cuda"))
 
 def test_gates_belong_to_the_shapes_they_were_set_for():
     found = {case.label: [gate.limit for gate in case.gates] for case in step.cases(FULL) if case.gates}
-    assert found == {"bert-6x384 lora all p0.1 f32": [1.25], "bert-6x384 lora all p0.1 bf16": [1.35]}
+    assert found == {
+        "bert-6x384 lora all p0.1 f32": [step.LIMITS[torch.float32]],
+        "bert-6x384 lora all p0.1 bf16": [step.LIMITS[torch.bfloat16]],
+        "bert-6x384 dora all p0.1 f32": [1.20],
+        "bert-6x384 dora all p0.1 bf16": [1.30],
+    }
     gated = {case.label: case.gates for case in _cases.listed(GPU, [], None) if case.gates}
     assert {gate.against for gate in gated["llama-8b-layers lora all p0.1 bf16"]} == {"peft"}
     assert {gate.metric for gate in gated["llama-8b-layers lora all p0.1 bf16"]} == {"speed", "peak"}
     assert [gate.limit for gate in gated["8192x4096->4096 r16 p0.1 bf16/f32"]] == [1.09, 1.18]
     assert [gate.limit for gate in gated["8192x4096-64 p0.1 bf16/f32"]] == [50.0, 66.0]
+    assert [gate.limit for gate in gated["4096x4096 r16 bf16"]] == [15.0]
 
 
 def test_our_rows_carry_their_gates():

@@ -83,6 +83,25 @@ CASES: dict[str, tuple[str, dict]] = {
     "regex-bert": ("bert-seq", {"target_modules": r".*attention.*dense", "task_type": "SEQ_CLS"}),
     "full-path": ("llama", {"target_modules": ["model.layers.1.mlp.up_proj"]}),
     "dropout": ("llama", {"target_modules": ["q_proj"], "lora_dropout": 0.3}),
+    "dora": ("llama", {"use_dora": True, "target_modules": ["q_proj", "down_proj"]}),
+    "dora-all-linear": ("llama", {"use_dora": True, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+    "dora-bias": ("llama-bias", {"use_dora": True, "target_modules": ["q_proj", "up_proj"]}),
+    "dora-bias-trained": ("llama-bias", {"use_dora": True, "bias": "lora_only", "target_modules": ["q_proj"]}),
+    "dora-bert": ("bert-seq", {"use_dora": True, "target_modules": ["query", "dense"], "task_type": "SEQ_CLS"}),
+    "dora-conv1d": ("gpt2", {"use_dora": True, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "dora-embedding": ("bert", {"use_dora": True, "target_modules": ["word_embeddings", "query"]}),
+    "dora-dropout": ("llama", {"use_dora": True, "target_modules": ["v_proj"], "lora_dropout": 0.3}),
+    "dora-rslora-patterns": (
+        "llama",
+        {
+            "use_dora": True,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {"v_proj": 7},
+            "alpha_pattern": {"layers.1.self_attn.q_proj": 3},
+        },
+    ),
+    "dora-starts-as-identity": ("llama", {"use_dora": True, "init_lora_weights": True, "target_modules": ["o_proj"]}),
     "gaussian": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
 }
 CORRUPTED = ("embedding-gpt2", "embedding-tied", "head-tied", "both-tied")
@@ -152,6 +171,7 @@ def configurations(draw):
         "r": draw(st.integers(1, 9)),
         "lora_alpha": draw(st.integers(1, 32)),
         "use_rslora": draw(st.booleans()),
+        "use_dora": draw(st.booleans()),
         "bias": draw(st.sampled_from(["none", "all", "lora_only"])),
         "rank_pattern": draw(st.dictionaries(st.sampled_from(chosen), st.integers(1, 7), max_size=2)),
         "alpha_pattern": draw(st.dictionaries(st.sampled_from(chosen), st.integers(1, 7), max_size=2)),
@@ -177,7 +197,7 @@ def test_any_configuration_round_trips(peft, tmp_path_factory, drawn):
     assert_same_step(ours, to_peft(peft, name, directory / "ours"), batch(name))
 
 
-@pytest.mark.parametrize("case", ["rslora", "conv1d", "embedding-bert", "sequence-bert"])
+@pytest.mark.parametrize("case", ["rslora", "conv1d", "embedding-bert", "sequence-bert", "dora-bias", "dora-conv1d"])
 def test_f32_adapters_over_a_bf16_base(peft, case, tmp_path):
     """Against the same weights in f32, ours may be off by twice what PEFT is."""
     name, changes = options(case)

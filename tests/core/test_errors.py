@@ -133,9 +133,9 @@ def test_misspelt_field() -> None:
         pk.LoraConfig.from_dict({"lora_alhpa": 3})
     with pytest.raises(TypeError, match="lora_alhpa"):
         pk.LoraConfig(lora_alhpa=3)
-    with pytest.raises(ConfigError, match="use_dora=True is not implemented"):
-        pk.LoraConfig.from_dict({"use_dora": True})
-    assert pk.LoraConfig.from_dict({"use_dora": False, "peft_type": "LORA"}) == pk.LoraConfig()
+    with pytest.raises(ConfigError, match="lora_bias=True is not implemented"):
+        pk.LoraConfig.from_dict({"lora_bias": True})
+    assert pk.LoraConfig.from_dict({"lora_bias": False, "peft_type": "LORA"}) == pk.LoraConfig()
 
 
 def test_configurations_are_frozen() -> None:
