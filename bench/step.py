@@ -127,7 +127,7 @@ def _case(options: Options, model: Model, method: Method, dtype: torch.dtype) ->
 
 
 def _gates(options: Options, model: Model, method: Method, dtype: torch.dtype) -> list[Gate]:
-    """Marks on LoRA and DoRA on all linear layers: against the floor on the small BERT; LoRA's against its peers too."""
+    """Marks on LoRA and DoRA on all linear layers: over the floor on the small BERT; LoRA's over its peers as well."""
     if method.kind not in _LOW_RANK or method.targets != "all_linear" or options.quick:
         return []
     if options.device.type == "cpu":

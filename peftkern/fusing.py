@@ -69,9 +69,13 @@ class _FusedForward:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.base = BaseLayer(layer.base_layer)
+        self.norms, self.trained = ops.NormCache(), layer.training
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """base(x) + s · B A drop(x) in one op, or the layer's own forward where that would not be the same."""
+        """base(x) + s · B A drop(x) in one op, or the layer's own forward where that would not be the same.
+
+        With DoRA all but the base's bias is multiplied by m / ‖W + s · B A‖.
+        """
         layer = self.layer
         if args or kwargs or layer.base_layer is not self.base.module or _not_now(layer) is not None:
             out: Tensor = type(layer).forward(layer, x, *args, **kwargs)
@@ -79,11 +83,24 @@ class _FusedForward:
         name = _active(layer)[0]
         a, b, drop = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
         p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+        c = self._column_scale(name, a, b) if name in layer.lora_variant else None
         linear = self.base.linear
         if linear is None:
-            return ops.low_rank(x, a, b, scale=layer.scaling[name], base_out=self.base(x), p=p)
+            bias = None if c is None else self.base.bias
+            return ops.low_rank(
+                x, a, b, scale=layer.scaling[name], base_out=self.base(x), bias=bias, column_scale=c, p=p
+            )  # fmt: skip
         weight, bias = linear
-        return ops.low_rank(x, a, b, scale=layer.scaling[name], weight=weight, bias=bias, p=p)
+        return ops.low_rank(x, a, b, scale=layer.scaling[name], weight=weight, bias=bias, column_scale=c, p=p)
+
+    def _column_scale(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """DoRA's m / ‖W + s · B A‖, [N]. Where the mode changes, weights may have been swapped: the norm is dropped."""
+        layer = self.layer
+        if layer.training != self.trained:
+            self.norms.clear()
+            self.trained = layer.training
+        magnitude: Tensor = layer.lora_magnitude_vector[name].weight
+        return magnitude / self.norms(self.base.weight, a, b, scale=layer.scaling[name])
 
 
 def _tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -122,9 +139,9 @@ def _not_now(layer: Any) -> str | None:
     if len(names) != 1:
         return f"{len(names)} active adapters: {', '.join(names)}" if names else "none of its adapters is active"
     name = names[0]
-    if name in layer.lora_variant:
-        return f"adapter {name!r} is a LoRA variant: {type(layer.lora_variant[name]).__name__}"
     a, b, drop = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    if name in layer.lora_variant and (reason := _variant(layer, name, drop)) is not None:
+        return reason
     if a.bias is not None or b.bias is not None:
         return f"adapter {name!r} has a bias (lora_bias)"
     if type(drop) not in (nn.Identity, nn.Dropout) or type(a) is not nn.Linear or type(b) is not nn.Linear:
@@ -135,6 +152,20 @@ def _not_now(layer: Any) -> str | None:
         return "cast_input_dtype is turned off"
     if any(_hooked(module) for module in (a, b, drop)):
         return f"adapter {name!r} has hooks on lora_A, lora_B or its dropout"
+    return None
+
+
+def _variant(layer: Any, name: str, drop: Any) -> str | None:
+    """Why a variant of LoRA is not what the op computes, or None: DoRA is, where nothing is dropped."""
+    variants = sys.modules.get("peft.tuners.lora.variants")
+    variant = layer.lora_variant[name]
+    if variants is None or type(variant) is not variants.DoraLinearVariant:
+        return f"adapter {name!r} is a LoRA variant: {type(variant).__name__}"
+    if layer.training and not isinstance(drop, nn.Identity):
+        return f"adapter {name!r} is DoRA with dropout, which PEFT applies to the input of the frozen product as well"
+    magnitude = layer.lora_magnitude_vector[name]
+    if _hooked(magnitude) or magnitude.weight.device != layer.base_layer.weight.device:
+        return f"adapter {name!r} has its magnitude elsewhere, or hooks on it"
     return None
 
 

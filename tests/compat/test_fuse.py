@@ -29,6 +29,8 @@ CASES = {
     "llama-rslora": ("llama", {"target_modules": ["q_proj", "down_proj"], "use_rslora": True}),
     "llama-bias": ("llama-bias", {"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "llama-dora": ("llama-bias", {"target_modules": ["q_proj", "down_proj"], "use_dora": True, "lora_dropout": 0.3}),
+    "gpt2-dora": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True, "fan_in_fan_out": True}),
     "bert": ("bert-seq", {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS"}),
 }
 
@@ -169,7 +171,6 @@ def reasons(report: fusing.FuseReport) -> str:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"use_dora": True}, "DoraLinearVariant"),
         ({"lora_bias": True}, "lora_bias"),
         ({"target_modules": ["embed_tokens"]}, "Embedding computes in its own way"),
     ],
@@ -180,6 +181,35 @@ def test_what_is_not_fused_is_reported_and_still_right(peft, calls, changes, sai
     report = pk.fuse(model)
     assert not report.fused and said in reasons(report) and said in str(report)
     assert torch.equal(model(**batch("llama")).logits, want) and not calls
+
+
+def test_dora_is_fused_where_nothing_is_dropped(peft, calls):
+    """In training PEFT drops the input of the frozen product too, which is another computation."""
+    model = theirs(peft, use_dora=True, lora_dropout=0.3)
+    twin = copy.deepcopy(model)
+    assert len(pk.fuse(model).fused) == 6
+    for training in (True, False):
+        model.train(training), twin.train(training)
+        assert ("dropout" in reasons(pk.fuse(model))) == training
+        torch.manual_seed(0)
+        got = model(**batch("llama")).logits
+        torch.manual_seed(0)
+        torch.testing.assert_close(got, twin(**batch("llama")).logits)
+        assert bool(calls) == (not training)
+
+
+def test_dora_follows_its_weights(peft, calls):
+    """The norm that a fused layer remembers is of the weights as they are."""
+    model = theirs(peft, use_dora=True)
+    twin = copy.deepcopy(model)
+    pk.fuse(model)
+    for step in range(3):
+        for one in (model, twin):
+            optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.05 * step)
+            one(**batch("llama")).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_same(tensors(model(**batch("llama"))), tensors(twin(**batch("llama"))))
 
 
 def test_transient_reasons(peft, calls):
