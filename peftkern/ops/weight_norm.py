@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autograd, choose, kernel
 
 
@@ -37,7 +38,7 @@ def weight_norm(weight: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0) -> 
     Raises ValueError for shapes that do not chain.
     """
     _check(weight, a, b)
-    weight = weight.detach()
+    weight = weight.detach() if weight.requires_grad else weight
     backend = choose("weight_norm", weight, a, N=weight.shape[0], K=weight.shape[1], R=a.shape[0])
     if backend == "reference" or 0 in (*weight.shape, a.shape[0]):
         return reference(weight, a, b, scale=scale)
@@ -55,8 +56,9 @@ class NormCache:
     owners call `clear` where their weights may have been replaced, as on `train()` and `eval()`.
 
     Storages are held weakly: a cache keeps alive nothing but its norm. A copy of a cache, by deepcopy or pickle, starts
-    empty. Under torch.compile it is not there: the norm is part of the graph. Neither is it for tensors made in
-    inference mode, which count no versions. `computed` counts the computations.
+    empty. Under torch.compile it is not there: the norm is part of the graph. Neither is it while a CUDA graph is
+    captured, whose replays see other weights, nor for tensors made in inference mode, which count no versions.
+    `computed` counts the computations.
     """
 
     def __init__(self) -> None:
@@ -71,7 +73,7 @@ class NormCache:
         if torch.compiler.is_compiling():
             return _divisor(weight, a, b, scale)
         tensors = (weight, a, b)
-        if any(t.is_inference() for t in tensors):
+        if any(t.is_inference() for t in tensors) or (a.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.clear()
             self.computed += 1
             return _divisor(weight, a, b, scale)
@@ -107,7 +109,7 @@ def _weak(tensor: Tensor) -> StorageWeakRef:
 
 
 def _divisor(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    norm = weight_norm(weight.detach(), a.detach(), b.detach(), scale=scale)
+    norm = weight_norm(weight, a.detach(), b.detach(), scale=scale)
     return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
@@ -214,7 +216,14 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
     yield "row-of-zeros", dead
 
 
+def draw(draw: Draw) -> dict[str, Any]:
+    """A random case."""
+    n, k, r, adapter = draw.size(), draw.size(), draw.size(65), draw.adapter_dtype()
+    a, b = draw.randn(r, k, dtype=adapter) / k**0.5, draw.randn(n, r, dtype=adapter) / r**0.5
+    return {"weight": draw.randn(n, k) / k**0.5, "a": a, "b": b, "scale": draw.one_of([1.0, 0.5, -2.0])}
+
+
 OP = Op(
-    "weight_norm", weight_norm, reference, samples,
+    "weight_norm", weight_norm, reference, samples, draw=draw,
     frozen=("weight",), rows=("weight", "b"), compiled=("97x200-r8", "f32-adapters"),
 )  # fmt: skip

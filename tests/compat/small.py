@@ -122,7 +122,8 @@ def their_parameters(model: nn.Module, name: str = "default", prompt: bool = Fal
         if parameter.requires_grad:
             if prompt and path.startswith("prompt_encoder"):
                 path = "prompt_embeddings"
-            found[path.replace(f".{name}", "").replace(".modules_to_save", "")] = parameter
+            path = path.replace(f".{name}", "").replace(".modules_to_save", "")
+            found[path.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = parameter
     return found
 
 
