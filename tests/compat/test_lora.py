@@ -124,7 +124,8 @@ def to_peft(peft, name, directory, adapter="default", dtype=torch.float32):
     """PEFT's reading of a directory, in which it must find nothing that it does not know."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*([Uu]nexpected|missing|mismatch)")
-        return peft.PeftModel.from_pretrained(build(name, dtype), directory, adapter_name=adapter, is_trainable=True).eval()
+        model = build(name, dtype)
+        return peft.PeftModel.from_pretrained(model, directory, adapter_name=adapter, is_trainable=True).eval()
 
 
 @pytest.mark.parametrize("case", CASES)
