@@ -25,15 +25,16 @@ def row_pass(
     pre: Tensor | None = None,
     act: str = "",
     may_split: bool = False,
+    op: str = "",
 ) -> Tensor:
     """factor * drop(x) w^T (+ bias) (* act'(pre)) -> [splits, M, R] f32, whose sum over splits is the result.
 
     x [M, K], w [R, K] by any strides. More than one split only when `may_split`, with few rows and many columns; the
-    bias is then left to `expand_pass`.
+    bias is then left to `expand_pass`. op: whose row of `_tiles` it may have of its own.
     """
     (m, k), r = x.shape, w.shape[0]
     device = device_of(x)
-    t, processors = tile("row", precision, r, device.arch), device.processors
+    t, processors = tile(f"{op}/row", precision, r, device.arch), device.processors
     block_m = row_block_m(m, t, processors)
     blocks_m, blocks_r, blocks_k = triton.cdiv(m, block_m), triton.cdiv(r, t.block_r), triton.cdiv(k, t.block_c)
     splits = 1

@@ -59,7 +59,7 @@ def backward(wide: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     q, r = wide.shape[1], up.shape[1]
     products, plain = precision(wide.dtype, up.dtype), dropout_args(0.0, None)
     with on_device(wide):
-        left = row_pass(wide, down, 1.0, plain, products.wide)[0]
+        left = row_pass(wide, down, 1.0, plain, products.wide, op="weight_norm")[0]
         grads = Gradients(wide, [q], [(r, q)], products.wide, r)
         column_pass(wide, up, grads, plain, products, grad=grads.partials[0], grad_strides=(q, 1))
         (right,) = grads.finish()
