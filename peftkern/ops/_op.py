@@ -173,7 +173,9 @@ def choose(op: str, x: Tensor, adapter: Tensor, grad: int = False, **dims: int) 
     """
     dtype = adapter.dtype if adapter.dtype == torch.float64 else x.dtype
     if torch.compiler.is_compiling():
-        return str(_choose_constant(op, x.device.type, dtype, grad, dispatch._forced))
+        # A branch, since a probability that changes from call to call makes `grad` symbolic, and a constant is wanted.
+        needed = True if grad else False
+        return str(_choose_constant(op, x.device.type, dtype, needed, dispatch._forced))
     return dispatch.choose(op, x.device, dtype, grad, **dims)
 
 
