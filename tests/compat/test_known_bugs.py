@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import peftkern as pk
-from peftkern import checkpoint
+from peftkern import checkpoint, dispatch
 from tests.compat.small import batch, build, shake, tensors
 
 PROMPT = {"num_virtual_tokens": 5}
@@ -212,7 +212,9 @@ def test_scaling_in_place_leaves_what_a_hook_has_kept():
     target = model.model.layers[0].self_attn.k_proj
     target.register_forward_hook(lambda _module, _args, out: kept.append((out, out.clone())))
     shake(pk.attach(model, pk.IA3Config()))
-    with torch.no_grad():
+    if isinstance(reason := dispatch.load("cpu", "column_scale"), str):
+        pytest.skip(reason)
+    with torch.no_grad(), pk.use_backend("cpu"):  # left to itself, so small a tensor goes to plain PyTorch
         model(**batch("llama"))
     assert torch.equal(*kept[0])
 
