@@ -173,6 +173,7 @@ def test_a_subclass_that_changes_forward_is_not_bypassed() -> None:
 
 def test_hooks_on_an_adapter_run() -> None:
     model, seen = loras(tiny_llama()), []
+    assert_mixes(model, ["a", "b", "a"])  # what is known of a batch from before must not outlive the hook
     for module in adapted_modules(model):
         if "a" in module.adapters:
             module.adapters["a"].register_forward_hook(lambda _module, _args, out: seen.append(len(out)) or out + 1)
