@@ -77,10 +77,12 @@ class BaseLayer:
             or module._backward_pre_hooks
         ):
             return None
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        if type(weight) not in _PLAIN_TENSORS or not weight.is_floating_point():
+        own = module._parameters
+        weight = own["weight"] if "weight" in own else module.weight
+        if type(weight) not in _PLAIN_TENSORS or not weight.is_floating_point():  # type: ignore[union-attr, operator]
             return None
-        return (weight.T if self._transposed else weight), module.bias  # type: ignore[return-value]
+        bias = own["bias"] if "bias" in own else module.bias
+        return (weight.T if self._transposed else weight), bias  # type: ignore[return-value, union-attr]
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The parameters that a merge replaces, by attribute name."""

@@ -46,13 +46,14 @@ void base_argument(const Check& check, LowRank& op, const Tensor& base, const Te
 
 Tensor low_rank_forward(const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& y, double scale, double p,
                         const std::optional<Tensor>& seed, const std::optional<Tensor>& base,
-                        const std::optional<Tensor>& column_scale, const std::optional<Tensor>& shift) {
+                        const std::optional<Tensor>& column_scale, const std::optional<Tensor>& shift, bool fresh) {
   const Check check("low_rank_forward");
   LowRank op = low_rank_args(check, x, a, b, scale, p, seed);
   check.shape("y", y, {op.m, op.n});
   check.dtype("y", y, x.scalar_type());
   Tensor h = empty_f32(x, {op.m, op.r});
-  op.y = check.matrix("y", y), op.h = f32_matrix(h), op.base = op.y;
+  op.y = check.matrix("y", y), op.h = f32_matrix(h);
+  if (!fresh) op.base = op.y;
   if (base.has_value()) base_argument(check, op, *base, x);
   op.column_scale = f32_columns(check, "column_scale", column_scale, op.n);
   op.shift = f32_columns(check, "shift", shift, op.n);
@@ -94,7 +95,7 @@ std::tuple<Tensor, Tensor> low_rank_backward(const Tensor& dy, const Tensor& x, 
 STABLE_TORCH_LIBRARY_FRAGMENT(peftkern_cpu, m) {
   m.def(
       "low_rank_forward(Tensor x, Tensor a, Tensor b, Tensor(a!) y, float scale, float p, Tensor? seed, "
-      "Tensor? base=None, Tensor? column_scale=None, Tensor? shift=None) -> Tensor");
+      "Tensor? base=None, Tensor? column_scale=None, Tensor? shift=None, bool fresh=False) -> Tensor");
   m.def(
       "low_rank_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor h, Tensor(a!)? dx, float scale, float p, "
       "Tensor? seed, bool need_a, bool need_b, Tensor? base=None, Tensor(b!)? base_dot=None) -> (Tensor, Tensor)");
@@ -108,6 +109,7 @@ STABLE_TORCH_LIBRARY_IMPL(peftkern_cpu, CPU, m) {
 
 #include "simd.h"
 #include "skinny.h"
+#include "few.h"
 
 namespace peftkern::PEFTKERN_ISA {
 namespace {
@@ -124,6 +126,8 @@ struct Columns {
 
 template <class Lane, class T>
 void forward(const LowRank& op) {
+  if (op.m <= kFewRows)
+    return with_dtype(op.a.dtype, [&](auto* p) { few_rows<T, std::remove_pointer_t<decltype(p)> >(op); });
   const DotPack<Lane> a(op.r, op.k);
   const PanelPack<Lane> b(op.r, op.n);
   pack_dot(a, op.a, op.k);
@@ -145,7 +149,7 @@ void forward(const LowRank& op) {
                       op.drop.on ? bits.get() : nullptr, ldb, a, op.drop.inverse_keep, h, op.r);
       T* y = op.y.as<T>() + m * op.y.row;
       lanes_along_r(h, rows, op.r, op.scale, b.depth, lanes.get());
-      const T* base = op.base.as<const T>() + m * op.base.row;
+      const T* base = op.base.data ? op.base.as<const T>() + m * op.base.row : nullptr;
       const ExpandTo<T> to{y, op.y.row, base, op.base.row, shift.values, nullptr, 0, 0, scale.values};
       expand(lanes.get(), rows, b, 0, b.panels, op.n, to);
     }

@@ -186,8 +186,15 @@ def tracked() -> bool:
 
 def rows(x: Tensor) -> Tensor:
     """View x [..., C] as [M, C] with unit column stride; copies only where the strides do not allow it."""
+    if x.dim() == 2 and x.stride(1) == 1:  # a view of its own would cost a decoding step more than its arithmetic
+        return x
     flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(math.prod(x.shape[:-1]), 0)
     return flat if flat.stride(1) == 1 else flat.clone(memory_format=torch.contiguous_format)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in this dtype: `x.to(dtype)` without the call where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern.ops._draw import Draw
-from peftkern.ops._op import Op, autocast_dtype, autograd, choose, kernel, rows, tracked
+from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, rows, tracked
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
 
@@ -95,7 +95,7 @@ def low_rank(
     """
     _check(x, a, b, weight, bias, base_out, column_scale, rank_scale, update_scale)
     check_probability(p)
-    x = x.to(autocast_dtype(x))
+    x = cast(x, autocast_dtype(x))
     if p > 0.0 and seed is None:
         seed = new_seed(x.device)
     if bias is not None and bias.requires_grad and column_scale is not None:
@@ -107,19 +107,23 @@ def low_rank(
     if weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         base_out, weight = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None
         bias = bias if column_scale is not None else None
-    backend = choose("low_rank", x, a, M=math.prod(x.shape[:-1]), K=a.shape[1], N=b.shape[0], R=a.shape[0])
-    if backend == "reference" or min(a.shape[0], a.shape[1], b.shape[0]) == 0:
+    (r, k), n = a.shape, b.shape[0]
+    backend = choose("low_rank", x, a, M=math.prod(x.shape[:-1]), K=k, N=n, R=r)
+    if backend == "reference" or r == 0 or k == 0 or n == 0:
         return reference(
             x, a, b, scale=scale, weight=weight, bias=bias, base_out=base_out, column_scale=column_scale,
             rank_scale=rank_scale, update_scale=update_scale, p=p, seed=seed,
         )  # fmt: skip
-    if base_out is not None and not tracked() and _writable(base_out, x):
-        if x.numel():
-            kernel(backend, "low_rank").forward(
-                rows(x), *_operands(x, a, b, rank_scale, update_scale), base_out.view(-1, b.shape[0]),
-                scale, p, seed, None, *_epilogue(column_scale, bias, True),
-            )  # fmt: skip
-        return base_out
+    if not tracked():
+        if weight is not None and column_scale is None and not _update_first(x, bias, backend):
+            base_out, weight = F.linear(x, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)), None
+        if base_out is not None and _writable(base_out, x):
+            if x.numel():
+                kernel(backend, "low_rank").forward(
+                    rows(x), *_operands(x, a, b, rank_scale, update_scale), rows(base_out),
+                    scale, p, seed, None, *_epilogue(column_scale, bias, True),
+                )  # fmt: skip
+            return base_out
     keep = column_scale is not None and column_scale.requires_grad and torch.is_grad_enabled()
     scales = column_scale, rank_scale, update_scale
     out: Tensor = _differentiable(x, a, b, weight, bias, base_out, *scales, scale, p, seed, backend, keep)[0]
@@ -176,11 +180,16 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, h and, when the gradient of column_scale will want it, x Wᵀ (else nothing: `base_out` is an input)."""
     x2, n = rows(x), b.shape[0]
-    shape = (*x.shape[:-1], n)
+    if weight is not None and column_scale is None and _update_first(x2, bias, backend):
+        y, shift = x.new_empty(x2.shape[0], n), None if bias is None else bias.detach().float().contiguous()
+        operands = _operands(x, a, b, rank_scale, update_scale)
+        h = kernel(backend, "low_rank").forward(x2, *operands, y, scale, p, seed, None, None, shift, True)
+        y.addmm_(x2, cast(weight, x.dtype).T)
+        return y.view(*x.shape[:-1], n), h, x.new_empty(0)
     base: Tensor | None = None
     if weight is not None:
-        inside = bias is not None and column_scale is None
-        base = F.linear(x2, weight.to(x.dtype), bias.to(x.dtype) if inside and bias is not None else None)
+        inside = cast(bias, x.dtype) if bias is not None and column_scale is None else None
+        base = F.linear(x2, cast(weight, x.dtype), inside)
     elif base_out is not None:
         base = base_out.to(x.dtype).reshape(x2.shape[0], n)
         base = base if base.stride(-1) == 1 else base.contiguous()
@@ -198,7 +207,18 @@ def _forward(
             *_epilogue(column_scale, bias, base_out is not None),
         )  # fmt: skip
     kept = base if keep and weight is not None and base is not None else x.new_empty(0)
-    return y.view(shape), h, kept
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n), h, kept
+
+
+def _update_first(x: Tensor, bias: Tensor | None, backend: str) -> bool:
+    """Whether to write bias and update first and let the base's product accumulate onto them.
+
+    On the CPU F.linear copies its bias into the output and accumulates as well, so that the update costs one pass over
+    y less. The kernels of bf16 without a bias do not accumulate, and are then faster than those that do.
+    """
+    if backend != "cpu" or x.numel() <= 16 * x.shape[-1]:
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and bias is not None)
 
 
 def _backward(
@@ -255,9 +275,9 @@ def _backward(
         db *= c[:, None]
     db, dd, de = _unfolded(db, b, rank_scale, update_scale, need_b, need_d, need_e)
     return (
-        none() if dx is None else dx.view(x.shape),
-        da.to(a.dtype) if need_a else none(),
-        none() if db is None else db.to(b.dtype),
+        none() if dx is None else dx if x.dim() == 2 else dx.view(x.shape),
+        cast(da, a.dtype) if need_a else none(),
+        none() if db is None else cast(db, b.dtype),
         none() if dc is None or column_scale is None else dc.to(column_scale.dtype),
         none() if dd is None or rank_scale is None else dd.to(rank_scale.dtype),
         none() if de is None or update_scale is None else de.to(update_scale.dtype),
@@ -282,7 +302,7 @@ def _unfolded(
 
 def _input_gradient(dy: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
     """(c ⊙ dy) W, where c multiplies the smaller of the two."""
-    weight = weight.to(dy.dtype)
+    weight = cast(weight, dy.dtype)
     if c is None:
         return torch.mm(dy, weight)
     c = c.to(dy.dtype)
@@ -368,11 +388,12 @@ def _check(
     rank_scale: Tensor | None,
     update_scale: Tensor | None,
 ) -> None:
-    if a.dim() != 2 or b.dim() != 2 or x.dim() < 1 or x.shape[-1] != a.shape[1] or a.shape[0] != b.shape[1]:
+    wide, down, up = x.shape, a.shape, b.shape
+    if len(down) != 2 or len(up) != 2 or len(wide) < 1 or wide[-1] != down[1] or down[0] != up[1]:
         raise ValueError(
             f"x {tuple(x.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}: want x [..., K], a [R, K], b [N, R]"
         )
-    n, k = b.shape[0], a.shape[1]
+    n, k = up[0], down[1]
     if weight is not None and weight.shape != (n, k):
         raise ValueError(f"weight {tuple(weight.shape)}: want [N, K] = {(n, k)}")
     inside = weight is not None or (base_out is not None and column_scale is not None)
@@ -401,6 +422,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
 
     seed = torch.tensor([1234567890123], device=device)
     yield "7x33-29-r5", case((7,), 33, 29, 5)
+    yield "bias-rows40", case((5, 8), 50, 61, 8) | {"bias": rand(61), "p": 0.1, "seed": seed}
     yield "3d-bias-r16", case((2, 5), 64, 48, 16) | {"bias": rand(48)}
     yield "dropout-r8", case((4, 9), 130, 70, 8) | {"p": 0.3, "seed": seed}
     yield "one-row-r1", case((1,), 17, 19, 1)
