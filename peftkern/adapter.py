@@ -1,7 +1,8 @@
 """The contract of a method, and the module that wraps a target: written once for all methods.
 
 A method is a class with a frozen-dataclass `Config` and one of three shapes: `LayerAdapter` wraps one module,
-`PromptAdapter` adds rows in front of the sequence, `Selection` names existing parameters that train.
+`PromptAdapter` adds rows in front of the sequence (`KeyValueAdapter`: of the keys and values), `Selection` names
+existing parameters that train.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from peftkern import rows, targets
 from peftkern.base import BaseLayer
-from peftkern.errors import ConfigError, MergeError, near
+from peftkern.errors import ConfigError, MergeError, TargetError, near
 
 C = TypeVar("C", bound="AdapterConfig")
 L = TypeVar("L", bound="LayerConfig")
@@ -81,6 +82,10 @@ class AdapterConfig:
 
     def resolved(self: C, model: nn.Module) -> C:
         """With everything decided that the fields leave to the model; asked once, when an adapter is attached."""
+        return self
+
+    def stored(self: C) -> C:
+        """The configuration of what a checkpoint holds, where that is less than what trains."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -257,6 +262,16 @@ class PromptSite:
     embedding: nn.Embedding
     model_config: Any = field(repr=False, default=None)
 
+    @property
+    def key_value_shape(self) -> tuple[int, int, int]:
+        """Layers, heads of keys and values, and width of a head; TargetError where the config does not tell."""
+        config = self.model_config
+        layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
+        if not layers or not heads:
+            raise TargetError(f"{type(config).__name__} tells no num_hidden_layers and num_attention_heads")
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return layers, getattr(config, "num_key_value_heads", None) or heads, width
+
 
 class PromptAdapter(Method, nn.Module):
     """Rows in front of the sequence. `__init__(site, config)` creates the parameters."""
@@ -274,6 +289,28 @@ class PromptAdapter(Method, nn.Module):
     def state_keys(self) -> dict[str, nn.Parameter]:
         """Checkpoint name -> parameter."""
         return _state_keys(self, self.name, self.keys)
+
+    def stored_tensors(self) -> Mapping[str, Tensor]:
+        """Checkpoint name -> tensor, as a configuration of `config.stored()` reads it; by default the parameters."""
+        return self.state_keys()
+
+
+class KeyValueAdapter(PromptAdapter):
+    """Rows in front of the keys and values of every layer. Set `length` (T) and `layers` in `__init__`.
+
+    Positions of the text start at T, every token sees all T rows, and outputs keep the rows of the text alone.
+    """
+
+    length: int
+    layers: int
+
+    def key_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        """[Hkv, T, D] keys and values of one layer, from the parameters at each call: layers may be recomputed."""
+        raise TypeError(f"{type(self).__name__} does not override key_values")
+
+    def every_layer(self) -> list[tuple[Tensor, Tensor]]:
+        """`key_values` of all layers; to be overridden where all at once cost less. Not used under recomputation."""
+        return [self.key_values(layer) for layer in range(self.layers)]
 
 
 class Selection(Method):

@@ -9,8 +9,17 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftkern import frozen, prompting, registry, targets
-from peftkern.adapter import AdaptedModule, AdapterConfig, InputTap, LayerAdapter, Method, PromptAdapter, Selection
+from peftkern import frozen, prefixing, prompting, registry, targets
+from peftkern.adapter import (
+    AdaptedModule,
+    AdapterConfig,
+    InputTap,
+    KeyValueAdapter,
+    LayerAdapter,
+    Method,
+    PromptAdapter,
+    Selection,
+)
 from peftkern.base import BaseLayer, adapter_dtype
 from peftkern.errors import AdapterError, ConfigError, MergeError, TargetError, near
 from peftkern.rows import Batch
@@ -53,8 +62,8 @@ class Attachment(nn.Module):
                 wrapped.add(module.base.path)
                 adapter: LayerAdapter = module.adapters[name]  # type: ignore[assignment]
                 keys |= {f"{module.base.path}.{key}": p for key, p in adapter.state_keys().items()}
-        if self.hooks is not None and name in self.hooks.prompts:
-            keys |= self.hooks.prompts[name].state_keys()  # type: ignore[operator]
+        if (prompt := self.prompt(name)) is not None:
+            keys |= prompt.state_keys()
         if name in self.selections:
             keys |= {_stored(key, wrapped): p for key, p in self.selection(name).trained().items()}
         return keys
@@ -66,6 +75,12 @@ class Attachment(nn.Module):
     def shared_of(self, name: str) -> dict[str, Tensor]:
         """Checkpoint key -> what all layers of one adapter share."""
         return _shared_state(self.configs[name].method, self.shared[name]) if name in self.shared else {}
+
+    def prompt(self, name: str) -> PromptAdapter | None:
+        """The prompt or prefix of one adapter, if it has one."""
+        if self.hooks is None or name not in self.hooks.prompts:
+            return None
+        return self.hooks.prompts[name]  # type: ignore[return-value]
 
     def selection(self, name: str) -> SelectedParameters:
         """The backbone's own parameters that one adapter trains."""
@@ -108,6 +123,8 @@ class Plan:
                     self.sources[site.path] = site.source
         if issubclass(self.method, PromptAdapter):
             prompt_site = prompting.site(model)
+            if issubclass(self.method, KeyValueAdapter):
+                prefixing.check(model, prompt_site.key_value_shape[0])
             weight = prompt_site.embedding.weight
             self.prompt = self.method(prompt_site, config).to(weight.device, adapter_dtype(weight.dtype))
         if issubclass(self.method, Selection) or hasattr(self.method, "select"):
@@ -345,7 +362,7 @@ def _activate(model: nn.Module, names: tuple[str, ...]) -> None:
             if getattr(module.adapters[name], "tap", None) is not None:
                 module.adapters[name].tap.readers += 1  # type: ignore[union-attr, operator]
     if attachment.hooks is not None:
-        attachment.hooks.active = tuple(name for name in names if name in attachment.hooks.prompts)
+        attachment.hooks.activate(names)
     attachment.active = names
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -39,8 +39,8 @@ def save(model: nn.Module, directory: str | Path, name: str = "default") -> Path
     Both files are written beside the old ones and then renamed, so that a full disk or a kill leaves the old checkpoint
     readable. Raises AdapterError for an unknown name, CheckpointError when the directory cannot be written.
     """
-    tensors = {key: _gathered(p.detach()).cpu().contiguous().clone() for key, p in parameters(model, name).items()}
-    return write(directory, described(model, name), tensors)
+    found = {key: _gathered(t.detach()).cpu().contiguous().clone() for key, t in tensors(model, name).items()}
+    return write(directory, described(model, name), found)
 
 
 def parameters(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -55,9 +55,21 @@ def parameters(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     return {_file_key(key, config): parameter for key, parameter in attachment.tensors_of(model, name).items()}
 
 
+def tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Key in a file -> tensor of one adapter as it is saved: its parameters, or what an adapter makes of them."""
+    attachment = _known(model, name)
+    found: dict[str, Tensor] = dict(parameters(model, name))
+    if (prompt := attachment.prompt(name)) is not None:
+        config = attachment.configs[name]
+        for key in prompt.state_keys():
+            del found[_file_key(key, config)]
+        found |= {_file_key(key, config): tensor for key, tensor in prompt.stored_tensors().items()}
+    return found
+
+
 def described(model: nn.Module, name: str = "default") -> AdapterConfig:
     """The configuration as it is written: what depends on the model (default targets, task heads) is spelt out."""
-    config = _known(model, name).configs[name]
+    config = _known(model, name).configs[name].stored()
     where = config.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None) or None
     paths = [path for path, _ in targets.named_modules(model)]
     heads = targets.TASK_HEADS if config.task_type in targets.HEAD_TASKS else ()
@@ -108,14 +120,14 @@ def load(
     backbone, UnknownMethodError for a method that is not installed; the model is then exactly as it was.
     """
     directory = find(directory_or_hub_id, revision)
-    config = read_config(directory)
-    tensors = read_tensors(directory)
+    config = read_config(directory).stored()
+    found = read_tensors(directory)
     try:
-        carried = _base_weights(model, config, tensors)
+        carried = _base_weights(model, config, found)
         plan = Plan(model, replace(config, inference_mode=not trainable), name, carried)
     except (TargetError, ConfigError) as error:
         raise CheckpointError(f"{directory} does not fit this {type(model).__name__}: {error}") from error
-    _fill(directory, tensors, {_file_key(key, config): p for key, p in plan.tensors().items()}, model)
+    _fill(directory, found, {_file_key(key, config): p for key, p in plan.tensors().items()}, model)
     plan.commit(trainable)
     return model
 
@@ -132,10 +144,10 @@ def restore(model: M, directory_or_hub_id: str | Path, name: str = "default", *,
     config, here = read_config(directory), attachment.configs[name]
     if type(config) is not type(here):
         raise CheckpointError(f"{directory} holds a {config.method.name}, and adapter {name!r} is a {here.method.name}")
-    tensors, wanted = read_tensors(directory), parameters(model, name)
+    found, wanted = read_tensors(directory), parameters(model, name)
     if not attachment.carried[name]:
-        _base_weights(model, config, tensors)
-    _fill(directory, tensors, wanted, model)
+        _base_weights(model, config, found)
+    _fill(directory, found, wanted, model)
     return model
 
 

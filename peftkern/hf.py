@@ -169,17 +169,19 @@ class PeftModel(nn.Module):
             checkpoint.write(folder, config, tensors)
 
     def _tensors(self, name: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        parameters = checkpoint.parameters(self.get_base_model(), name)
+        tensors = checkpoint.tensors(self.get_base_model(), name)
         if state_dict is None:
-            return {key: p.detach().cpu().contiguous().clone() for key, p in parameters.items()}
+            return {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
         named = itertools.chain(self.named_parameters(remove_duplicate=False), self.named_buffers())
         names = {id(tensor): path for path, tensor in named}
-        missing = [names[id(p)] for p in parameters.values() if names[id(p)] not in state_dict]
+        given = {key: names.get(id(t)) for key, t in tensors.items()}  # None: made from parameters, not one itself
+        missing = [path for path in given.values() if path is not None and path not in state_dict]
         if missing:
             raise CheckpointError(
                 f"the state_dict given lacks {len(missing)} tensors of adapter {name!r}: {missing[0]}"
             )
-        return {key: state_dict[names[id(p)]].detach().cpu().contiguous() for key, p in parameters.items()}
+        chosen = {key: tensors[key] if path is None else state_dict[path] for key, path in given.items()}
+        return {key: tensor.detach().cpu().contiguous() for key, tensor in chosen.items()}
 
     def push_to_hub(
         self,

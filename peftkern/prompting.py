@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftkern import ops
-from peftkern.adapter import PromptAdapter, PromptSite
+from peftkern.adapter import KeyValueAdapter, PromptAdapter, PromptSite
 from peftkern.errors import TargetError
 from peftkern.ops.prompt_concat import IGNORED, source_index
+from peftkern.prefixing import CACHE_NAMES, Prefixes
 
 
 def site(model: nn.Module) -> PromptSite:
@@ -46,6 +47,7 @@ class PromptHooks(nn.Module):
         self.__dict__["backbone"] = backbone if isinstance(backbone, nn.Module) else model
         self.prompts = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        self.prefixes = Prefixes(model, self.backbone, self.prompts)
         self.pools: set[str] = set()
         self.keeps_rows = bool(getattr(model, "can_generate", lambda: False)())
         self._mask: Tensor | None = None
@@ -56,8 +58,16 @@ class PromptHooks(nn.Module):
         if model is not self.backbone:
             self._handles.append(model.register_forward_pre_hook(self.extend_labels, with_kwargs=True))
 
+    def activate(self, names: tuple[str, ...]) -> None:
+        """Make those of `names` that are prompts or prefixes the active ones."""
+        chosen = [name for name in names if name in self.prompts]
+        prefixes = [name for name in chosen if isinstance(self.prompts[name], KeyValueAdapter)]
+        self.active = tuple(name for name in chosen if name not in prefixes)
+        self.prefixes.activate(prefixes)
+
     def remove(self) -> None:
         """Take the hooks off the model."""
+        self.prefixes.activate(())
         for handle in self._handles:
             handle.remove()
 
@@ -69,18 +79,27 @@ class PromptHooks(nn.Module):
         return self.prompts[name]  # type: ignore[return-value]
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Replace ids or embeddings by prompted embeddings, and extend mask, positions and token types."""
-        if not self.active:
+        """Put the active prompts and prefixes into the backbone's arguments."""
+        if not self.active and not self.prefixes.active:
             return None
         values = _bind(module, args, kwargs)
-        prompt = self.prompt()
-        past = values.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0:
-            return (), self._continue(values, prompt.shape[0])
+        past = next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
+        if self.active:
+            if past is not None and past.get_seq_length() > 0:
+                values = self._continue(values, self.prompt().shape[0])
+            else:
+                values = self._prepend(values, past)
+        if self.prefixes.active:
+            tokens = _tokens(values)
+            text = tokens.shape[1] + (0 if past is None or torch.compiler.is_compiling() else past.get_seq_length())
+            self._check_length(text + self.prefixes.length)
+            self.prefixes.enter(module, values)
+        return (), values
+
+    def _prepend(self, values: dict[str, Any], past: Any) -> dict[str, Any]:
+        """Replace ids or embeddings by prompted embeddings, and extend mask, positions and token types."""
+        prompt, tokens = self.prompt(), _tokens(values)
         ids, embeds = values.get("input_ids"), values.get("inputs_embeds")
-        tokens = ids if embeds is None else embeds[..., 0]
-        if tokens is None:
-            raise ValueError("a prompted model wants input_ids or inputs_embeds")
         mask = _whole(values.get("attention_mask"))
         if past is not None and mask is not None and not torch.compiler.is_compiling() and not mask.any(1).all():
             raise ValueError(
@@ -100,11 +119,13 @@ class PromptHooks(nn.Module):
             types = values["token_type_ids"].expand_as(tokens).gather(1, index.clamp(0))
             values["token_type_ids"] = types.masked_fill(index < 0, 0)
         values.pop("cache_position", None)
-        return (), values
+        return values
 
     def leave(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
-        """Gather the rows of the text out of an encoder's sequence outputs."""
+        """Give back the cache of the text, and gather the rows of the text out of an encoder's sequence outputs."""
         mask, self._mask = self._mask, None
+        if self.prefixes.active:
+            output = self.prefixes.leave(output)
         if not self.active or mask is None:
             return output
         length = mask.shape[1] + self.prompt_length()
@@ -119,7 +140,7 @@ class PromptHooks(nn.Module):
 
         if isinstance(output, dict):
             for key in list(output.keys()):
-                if key != "attentions" and key != "past_key_values":
+                if key != "attentions" and key not in CACHE_NAMES:
                     output[key] = strip(output[key])
             return output
         return strip(output)
@@ -166,6 +187,14 @@ class PromptHooks(nn.Module):
                 f"prompt and text together are {length} tokens, and the backbone has {limit} positions: "
                 f"shorten the text by {length - limit} tokens or use fewer virtual tokens"
             )
+
+
+def _tokens(values: dict[str, Any]) -> Tensor:
+    """Something of the text's shape [B, S]."""
+    ids, embeds = values.get("input_ids"), values.get("inputs_embeds")
+    if ids is None and embeds is None:
+        raise ValueError("a prompted model wants input_ids or inputs_embeds")
+    return embeds[..., 0] if embeds is not None else ids  # type: ignore[return-value]
 
 
 def _whole(mask: Tensor | None) -> Tensor | None:
