@@ -21,6 +21,7 @@ from transformers import (
     LlamaForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    RobertaModel,
 )
 
 import peftkern as pk
@@ -53,6 +54,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert-seq": lambda: BertForSequenceClassification(bert_config()),
     "bert-token": lambda: BertForTokenClassification(bert_config()),
     "bert-qa": lambda: BertForQuestionAnswering(bert_config(num_labels=2)),
+    "roberta": lambda: RobertaModel(bert_config(RobertaConfig)),
     "roberta-seq": lambda: RobertaForSequenceClassification(bert_config(RobertaConfig)),
     "gpt2": lambda: GPT2LMHeadModel(gpt2_config()),
     "llama": lambda: LlamaForCausalLM(llama_config()),
@@ -92,7 +94,7 @@ def batch(name: str, padding: str | None = "right") -> dict[str, Tensor]:
         return inputs | {"start_positions": torch.tensor([0, 2, 1]), "end_positions": torch.tensor([2, 3, 3])}
     if name.endswith("token"):
         return inputs | {"labels": (ids % 3).masked_fill(mask == 0, -100)}
-    return inputs if name == "bert" else inputs | {"labels": ids.masked_fill(mask == 0, -100)}
+    return inputs if name in ("bert", "roberta") else inputs | {"labels": ids.masked_fill(mask == 0, -100)}
 
 
 def tensors(output) -> dict[str, Tensor]:
