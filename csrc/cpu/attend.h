@@ -9,11 +9,11 @@ constexpr int64_t kFew = 8;       // up to so many queries of a head of keys rea
 constexpr int64_t kMaskBytes = kKeys / 8 + kMaskSlack;
 static_assert(kKeys % kLanes == 0);
 
-// ---- c[m, n] (+)= a[m, k] b[k, n]: a by any strides, b and c row-major with n a multiple of kLanes
+// ---- c[m, n] = factor (c +) a[m, k] b[k, n]: a by any strides, b and c row-major with n a multiple of kLanes
 
 template <int ROWS, int VECS>
 PEFTKERN_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t ldb,
-                                   int64_t rows, int64_t depth, float* c, int64_t ldc, bool add) {
+                                   int64_t rows, int64_t depth, float* c, int64_t ldc, bool add, float factor) {
   vf acc[ROWS][VECS];
   const float* from[ROWS];
 #pragma GCC unroll 8
@@ -39,29 +39,30 @@ PEFTKERN_INLINE void multiply_tile(const float* a, int64_t a_row, int64_t a_step
   for (int i = 0; i < ROWS; ++i) {
     if (i >= rows) break;
 #pragma GCC unroll 8
-    for (int v = 0; v < VECS; ++v) store(c + i * ldc + v * kLanes, acc[i][v]);
+    for (int v = 0; v < VECS; ++v) store(c + i * ldc + v * kLanes, acc[i][v] * splat(factor));
   }
 }
 
 template <int VECS>
 void multiply_strip(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t ldb, int64_t m,
-                    int64_t depth, float* c, int64_t ldc, bool add) {
+                    int64_t depth, float* c, int64_t ldc, bool add, float factor) {
   // 24 accumulators of 32 registers with AVX-512, 12 of 16 below.
   constexpr int kRows = (PEFTKERN_LEVEL >= 2 ? 24 : 12) / VECS > 6 ? 6 : (PEFTKERN_LEVEL >= 2 ? 24 : 12) / VECS;
   for (int64_t i = 0; i < m; i += kRows) {
     const int64_t rows = m - i < kRows ? m - i : kRows;
-    multiply_tile<kRows, VECS>(a + i * a_row, a_row, a_step, b, ldb, rows, depth, c + i * ldc, ldc, add);
+    multiply_tile<kRows, VECS>(a + i * a_row, a_row, a_step, b, ldb, rows, depth, c + i * ldc, ldc, add, factor);
   }
 }
 
 void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t ldb, int64_t m, int64_t n,
-              int64_t depth, float* c, int64_t ldc, bool add) {
+              int64_t depth, float* c, int64_t ldc, bool add, float factor = 1.0f) {
   int64_t j = 0;
-  for (; n - j >= 4 * kLanes; j += 4 * kLanes) multiply_strip<4>(a, a_row, a_step, b + j, ldb, m, depth, c + j, ldc, add);
+  for (; n - j >= 4 * kLanes; j += 4 * kLanes)
+    multiply_strip<4>(a, a_row, a_step, b + j, ldb, m, depth, c + j, ldc, add, factor);
   const int64_t vectors = (n - j) / kLanes;
-  if (vectors == 3) multiply_strip<3>(a, a_row, a_step, b + j, ldb, m, depth, c + j, ldc, add);
-  if (vectors == 2) multiply_strip<2>(a, a_row, a_step, b + j, ldb, m, depth, c + j, ldc, add);
-  if (vectors == 1) multiply_strip<1>(a, a_row, a_step, b + j, ldb, m, depth, c + j, ldc, add);
+  if (vectors == 3) multiply_strip<3>(a, a_row, a_step, b + j, ldb, m, depth, c + j, ldc, add, factor);
+  if (vectors == 2) multiply_strip<2>(a, a_row, a_step, b + j, ldb, m, depth, c + j, ldc, add, factor);
+  if (vectors == 1) multiply_strip<1>(a, a_row, a_step, b + j, ldb, m, depth, c + j, ldc, add, factor);
 }
 
 // ---- rows of vectors
@@ -147,8 +148,8 @@ struct Blocks {
   void fill(const Attention& op, int64_t b, int64_t h) {
     rows_of<T>(op.pk, op.k, op, b, h, k_row.get());
     rows_of<T>(op.pv, op.v, op, b, h, v_row.get());
-    columns(k_row.get(), op.scale, k_cols.get());
-    if (backward) columns(v_row.get(), 1.0f, v_cols.get());
+    columns(k_row.get(), k_cols.get());
+    if (backward) columns(v_row.get(), v_cols.get());
   }
 
  private:
@@ -159,13 +160,13 @@ struct Blocks {
     for (int64_t j = 0; j < op.l; ++j) load_row(rest + j * text.row, d, width, to + (op.t + j) * width);
     std::memset(to + n * width, 0, static_cast<size_t>((count * kKeys - n) * width) * sizeof(float));
   }
-  void columns(const float* rows, float scale, float* to) const {
+  void columns(const float* rows, float* to) const {
     for (int64_t block = 0; block < count; ++block, rows += kKeys * width, to += kKeys * d)
       for (int64_t j = 0; j < kKeys; j += kLanes)
         for (int64_t c = 0; c < d; ++c) {
           vf column;
           for (int i = 0; i < kLanes; ++i) column[i] = rows[(j + i) * width + c];
-          store(to + c * kKeys + j, column * splat(scale));
+          store(to + c * kKeys + j, column);
         }
   }
 };
@@ -203,13 +204,23 @@ class Rows {
   Rows(const Attention& op, int64_t b, int64_t kvh, int64_t row, int64_t rows)
       : op_(op), b_(b), first_head_(kvh * op.group()), row_(row), rows_(rows) {
     if (op.drop.on)
-      for (int64_t i = 0; i < rows; ++i) {
-        const auto [h, s] = place(i);
-        keys_[i] = row_key(op.drop.seed, (b * op.hq + h) * op.s + s);
-      }
+      for (int64_t i = 0; i < rows; ++i) keys_[i] = row_key(op.drop.seed, index(i));
   }
-  std::pair<int64_t, int64_t> place(int64_t i) const {
-    return {first_head_ + (row_ + i) / op_.s, (row_ + i) % op_.s};
+  std::pair<int64_t, int64_t> place(int64_t i) const { return {first_head_ + (row_ + i) / op_.s, (row_ + i) % op_.s}; }
+  int64_t index(int64_t i) const {
+    const auto [h, s] = place(i);
+    return (b_ * op_.hq + h) * op_.s + s;
+  }
+  // Highest score and sum apart: exp(score - log-sum-exp) would lose the digits that the score has before the point.
+  void note(int64_t i, float top, float sum) const {
+    const int64_t at = index(i);
+    op_.top[at] = top, op_.sum[at] = sum;
+  }
+  // Scores to weights.
+  void weights(int64_t i, float* p) const {
+    const int64_t at = index(i);
+    exponentials(p, op_.top[at]);
+    scale_row(p, kKeys, 1.0f / op_.sum[at]);
   }
   // Whether no query sees any of the keys [j0, j0 + n).
   bool hidden(int64_t j0, int64_t n) const {
@@ -251,8 +262,7 @@ class Rows {
   void drop(int64_t j0, int64_t n, float* p, uint8_t* bits) const {
     keep(j0, n, bits);
     for (int64_t i = 0; i < rows_; ++i, bits += kMaskBytes, p += kKeys)
-      for (int64_t c = 0; c < n; c += kLanes)
-        store(p + c, PEFTKERN_ISA::keep(load(p + c), lane_bits(bits, c)));
+      for (int64_t c = 0; c < n; c += kLanes) store(p + c, PEFTKERN_ISA::keep(load(p + c), lane_bits(bits, c)));
   }
 
  private:
@@ -344,7 +354,7 @@ void decode(const Attention& op) {
       for (int64_t i = 0; i < rows; ++i) {
         const auto [h, s] = at.place(i);
         store_row(w.o.get() + i * w.width, op.drop.inverse_keep / sum[i], op.d, op.out.at<T>(b, h) + s * op.out.row);
-        op.lse[(b * op.hq + h) * op.s + s] = highest[i] + std::log(sum[i]);
+        at.note(i, highest[i], sum[i]);
       }
     }
   });

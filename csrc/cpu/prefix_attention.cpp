@@ -3,8 +3,8 @@
 //
 // A task owns one head of keys and values of one batch row. It lays their f32 values out in blocks of kKeys, prefix and
 // text one after the other, and walks over them with blocks of queries: online softmax (Milakov and Gimelshein,
-// arXiv:1805.02867), backward from the log-sum-exp (Dao et al., arXiv:2205.14135). Few queries, as in decoding, read
-// keys and values where they lie.
+// arXiv:1805.02867), the weights made again in backward (Dao et al., arXiv:2205.14135). Few queries, as in decoding,
+// read keys and values where they lie.
 #ifndef PEFTKERN_ISA
 
 #include <thread>
@@ -28,7 +28,7 @@ struct Heads {
 struct Attention {
   int64_t b, hq, hkv, s, l, t, d;
   Heads q, k, v, pk, pv, out, dout, dq, dk, dv, dpk, dpv;  // dpk and dpv are f32, the others q's dtype
-  float* lse;
+  float *top, *sum;  // highest score of a query, and its sum of exp(score - top), [B, Hq, S]
   const void* mask;  // [B, Hq, S, L] bool or f32, or null
   bool mask_is_bool, causal;
   int64_t mask_batch, mask_head, mask_row;
@@ -98,25 +98,25 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(const Tensor& q, const Tenso
   const Check check("prefix_attention_forward");
   Attention op = attention_args(check, q, k, v, pk, pv, mask, causal, scale, p, seed);
   Tensor out = torch::stable::new_empty(q, {op.b, op.hq, op.s, op.d});
-  Tensor lse = empty_f32(q, {op.b, op.hq, op.s});
+  Tensor norm = empty_f32(q, {2, op.b, op.hq, op.s});
   op.out = heads(check, "out", out, op.b, op.hq, op.s, op.d);
-  op.lse = lse.mutable_data_ptr<float>();
+  op.top = norm.mutable_data_ptr<float>(), op.sum = op.top + op.b * op.hq * op.s;
   PEFTKERN_CALL(prefix_attention_forward, op);
-  return {out, lse};
+  return {out, norm};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pk, const Tensor& pv,
-    const std::optional<Tensor>& mask, const Tensor& out, const Tensor& lse, bool causal, double scale, double p,
+    const std::optional<Tensor>& mask, const Tensor& out, const Tensor& norm, bool causal, double scale, double p,
     const std::optional<Tensor>& seed) {
   const Check check("prefix_attention_backward");
   Attention op = attention_args(check, q, k, v, pk, pv, mask, causal, scale, p, seed);
   op.dout = heads(check, "dout", dout, op.b, op.hq, op.s, op.d);
   op.out = heads(check, "out", out, op.b, op.hq, op.s, op.d);
   check.dtype("dout", dout, q.scalar_type()), check.dtype("out", out, q.scalar_type());
-  check.shape("lse", lse, {op.b, op.hq, op.s});
-  check.dtype("lse", lse, ScalarType::Float);
-  op.lse = const_cast<float*>(lse.const_data_ptr<float>());
+  check.shape("norm", norm, {2, op.b, op.hq, op.s});
+  check.dtype("norm", norm, ScalarType::Float);
+  op.top = const_cast<float*>(norm.const_data_ptr<float>()), op.sum = op.top + op.b * op.hq * op.s;
   Tensor dq = torch::stable::new_empty(q, {op.b, op.hq, op.s, op.d});
   Tensor dk = torch::stable::new_empty(q, {op.b, op.hkv, op.l, op.d});
   Tensor dv = torch::stable::new_empty(q, {op.b, op.hkv, op.l, op.d});
@@ -139,7 +139,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(peftkern_cpu, m) {
       "float scale, float p, Tensor? seed) -> (Tensor, Tensor)");
   m.def(
       "prefix_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor pk, Tensor pv, Tensor? mask, "
-      "Tensor out, Tensor lse, bool causal, float scale, float p, Tensor? seed) -> "
+      "Tensor out, Tensor norm, bool causal, float scale, float p, Tensor? seed) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(peftkern_cpu, CPU, m) {
@@ -151,13 +151,14 @@ STABLE_TORCH_LIBRARY_IMPL(peftkern_cpu, CPU, m) {
 
 #include "simd.h"
 #include "skinny.h"
-#include "activation.h"
+#include "exponential.h"
 #include "attend.h"
 
 namespace peftkern::PEFTKERN_ISA {
 namespace {
 
-// The online softmax of one block of queries over all blocks of keys; out and lse of its rows.
+// The online softmax of one block of queries over all blocks of keys; out, and what backward needs to find the weights
+// again, of its rows.
 template <class T>
 void forward_rows(const Attention& op, const Blocks& keys, int64_t b, int64_t kvh, int64_t row, int64_t rows,
                   Scratch& w) {
@@ -169,7 +170,7 @@ void forward_rows(const Attention& op, const Blocks& keys, int64_t b, int64_t kv
   for (int64_t block = 0; block < keys.count; ++block) {
     const int64_t j0 = block * kKeys, n = keys.size(block);
     if (at.hidden(j0, n)) continue;
-    multiply(w.q.get(), w.width, 1, keys.k_columns(block), kKeys, rows, kKeys, op.d, w.p.get(), kKeys, false);
+    multiply(w.q.get(), w.width, 1, keys.k_columns(block), kKeys, rows, kKeys, op.d, w.p.get(), kKeys, false, op.scale);
     at.mask(j0, n, w.p.get());
     for (int64_t i = 0; i < rows; ++i) {
       float* p = w.p.get() + i * kKeys;
@@ -185,7 +186,7 @@ void forward_rows(const Attention& op, const Blocks& keys, int64_t b, int64_t kv
   for (int64_t i = 0; i < rows; ++i) {
     const auto [h, s] = at.place(i);
     store_row(w.o.get() + i * w.width, op.drop.inverse_keep / sum[i], op.d, op.out.at<T>(b, h) + s * op.out.row);
-    op.lse[(b * op.hq + h) * op.s + s] = highest[i] + std::log(sum[i]);
+    at.note(i, highest[i], sum[i]);
   }
 }
 
@@ -221,10 +222,8 @@ void backward_rows(const Attention& op, const Blocks& keys, int64_t b, int64_t k
   gather(op.dout, b, kvh, op.group(), op.s, row, rows, op.d, w.width, w.dout.get(), none);
   gather(op.out, b, kvh, op.group(), op.s, row, rows, op.d, w.width, w.o.get(), none);
   const Rows at(op, b, kvh, row, rows);
-  float delta[kQueries], lse[kQueries];
+  float delta[kQueries];
   for (int64_t i = 0; i < rows; ++i) {
-    const auto [h, s] = at.place(i);
-    lse[i] = op.lse[(b * op.hq + h) * op.s + s];
     delta[i] = row_dot(w.o.get() + i * w.width, w.dout.get() + i * w.width, w.width);
   }
   float *const p = w.p.get(), *const dp = w.dp.get(), *const dq = w.o.get();
@@ -232,10 +231,10 @@ void backward_rows(const Attention& op, const Blocks& keys, int64_t b, int64_t k
   for (int64_t block = 0; block < keys.count; ++block) {
     const int64_t j0 = block * kKeys, n = keys.size(block);
     if (at.hidden(j0, n)) continue;
-    multiply(w.q.get(), w.width, 1, keys.k_columns(block), kKeys, rows, kKeys, op.d, p, kKeys, false);
+    multiply(w.q.get(), w.width, 1, keys.k_columns(block), kKeys, rows, kKeys, op.d, p, kKeys, false, op.scale);
     multiply(w.dout.get(), w.width, 1, keys.v_columns(block), kKeys, rows, kKeys, op.d, dp, kKeys, false);
     at.mask(j0, n, p);
-    for (int64_t i = 0; i < rows; ++i) exponentials(p + i * kKeys, lse[i]);
+    for (int64_t i = 0; i < rows; ++i) at.weights(i, p + i * kKeys);
     if (op.drop.on) at.keep(j0, n, w.bits.get());
     for (int64_t i = 0; i < rows; ++i)
       slopes(p + i * kKeys, dp + i * kKeys, delta[i], op, op.drop.on ? w.bits.get() + i * kMaskBytes : nullptr);

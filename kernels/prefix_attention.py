@@ -1,0 +1,627 @@
+"""Triton backend of prefix_attention: one walk over the prefix, then over the text, with online softmax.
+
+q [B, Hq, S, D], k and v [B, Hkv, L, D], pk and pv [B, Hkv, T, D] (expanded over the batch), D <= 256, unit stride along D;
+products and sums in f32. Backward makes the weights again from each query's highest score and sum: a pass over queries (dq), one over keys
+(dk, dv), and the same over the prefix of each batch row, whose sum over the batch is left to the caller.
+Source of the method: Dao 2023 (arXiv:2307.08691), algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import Dropout, dot, dropout_args, keep_mask, precision, refuse_common, round_to, row_keys
+from ._device import Device, Source, device_of, launch, on_device, sources
+
+MAX_WIDTH = 256
+
+
+class Tile(NamedTuple):
+    """Queries and keys of a tile, and the launch options."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# (pass, one 16-bit product or f32) -> width of a head up to which a row holds. No entry spills on sm_90 (aot.py).
+_TILES: dict[tuple[str, bool], dict[int, Tile]] = {
+    ("forward", True): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 2)},
+    ("forward", False): {64: Tile(32, 32, 4, 2), 256: Tile(16, 16, 4, 1)},
+    ("queries", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 4, 1)},
+    ("queries", False): {64: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    ("keys", True): {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    ("keys", False): {64: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+}
+
+
+def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
+    """Why this backend cannot run for heads of width D on `device` with `dtype`; None when it can."""
+    if dims.get("D", 0) > MAX_WIDTH:
+        return f"D = {dims['D']}: heads are at most {MAX_WIDTH} wide"
+    return refuse_common(device, dtype, **dims)
+
+
+def _tile(name: str, q: Tensor) -> Tile:
+    rows = _TILES[name, q.dtype != torch.float32]
+    return rows[min(limit for limit in rows if q.shape[3] <= limit)]
+
+
+@triton.jit
+def scores_tile(
+    q,
+    k_rows,
+    mask_rows,
+    offs_m,
+    offs_n,
+    offs_d,
+    S,
+    N,
+    D,
+    stride_kn,
+    scale,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_N] f32 scores, -inf where a query does not see a key. MASK: 0 none, 1 bool, 2 additive."""
+    k_tile = k_rows + offs_n.to(tl.int64)[None, :] * stride_kn + offs_d[:, None]
+    k = tl.load(k_tile, mask=(offs_n < N)[None, :] & (offs_d < D)[:, None], other=0.0)
+    s = dot(q, k, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION) * scale
+    seen = (offs_n < N)[None, :] & (offs_m >= 0)[:, None]
+    if CAUSAL:
+        seen = seen & (offs_n[None, :] <= offs_m[:, None] + (N - S))
+    if MASK != 0:
+        inside = (offs_m < S)[:, None] & (offs_n < N)[None, :]
+        m = tl.load(mask_rows + offs_n[None, :], mask=inside, other=0)
+        if MASK == 1:
+            seen = seen & (m != 0)
+        else:
+            s += m
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def walk(
+    q,
+    k_rows,
+    v_rows,
+    mask_rows,
+    acc,
+    top,
+    total,
+    key1,
+    key2,
+    offs_m,
+    offs_d,
+    S,
+    N,
+    D,
+    end,
+    first_column,
+    stride_kn,
+    stride_vn,
+    scale,
+    threshold,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Online softmax over keys [0, end) of one part: (sum of weighted values, highest score, sum of weights)."""
+    for start in range(0, end, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        s = scores_tile(
+            q, k_rows, mask_rows, offs_m, offs_n, offs_d, S, N, D, stride_kn, scale, CAUSAL, MASK, PRECISION, BLOCK_M,
+            BLOCK_N,
+        )  # fmt: skip
+        v_tile = v_rows + offs_n.to(tl.int64)[:, None] * stride_vn + offs_d[None, :]
+        v = tl.load(v_tile, mask=(offs_n < N)[:, None] & (offs_d < D)[None, :], other=0.0)
+        higher = tl.maximum(top, tl.max(s, 1))
+        fade = tl.exp(top - higher)
+        p = tl.exp(s - higher[:, None])
+        total = total * fade + tl.sum(p, 1)
+        if DROPOUT:
+            p = tl.where(keep_mask(key1, key2, first_column + offs_n, threshold), p, 0.0)
+        acc = dot(p, v, acc * fade[:, None], PRECISION)
+        top = higher
+    return acc, top, total
+
+
+@triton.jit(do_not_specialize=["S", "L", "T", "threshold"])
+def forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    pk_ptr,
+    pv_ptr,
+    mask_ptr,
+    out_ptr,
+    top_ptr,
+    sum_ptr,
+    seed_ptr,
+    Hq,
+    GROUP,
+    S,
+    L,
+    T,
+    D,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_pkb,
+    stride_pkh,
+    stride_pkn,
+    stride_pvb,
+    stride_pvh,
+    stride_pvn,
+    stride_mb,
+    stride_mh,
+    stride_ms,
+    scale,
+    inv_keep,
+    threshold,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out [B, Hq, S, D], top and sum [B, Hq, S], all contiguous, of one block of queries of one head."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    b = (tl.program_id(1) // Hq).to(tl.int64)
+    h = (tl.program_id(1) % Hq).to(tl.int64)
+    kvh = h // GROUP
+    mask_md = (offs_m < S)[:, None] & (offs_d < D)[None, :]
+    q_tile = q_ptr + b * stride_qb + h * stride_qh + offs_m.to(tl.int64)[:, None] * stride_qs + offs_d[None, :]
+    q = tl.load(q_tile, mask=mask_md, other=0.0)
+    row = (b * Hq + h) * S + offs_m
+    key1, key2 = offs_m, offs_m
+    if DROPOUT:
+        key1, key2 = row_keys(seed_ptr, row)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    # The prefix comes first: its scores are finite, so that a query without text never subtracts -inf from -inf.
+    acc, top, total = walk(
+        q, pk_ptr + b * stride_pkb + kvh * stride_pkh, pv_ptr + b * stride_pvb + kvh * stride_pvh, mask_ptr,
+        acc, top, total, key1, key2, offs_m, offs_d, S, T, D, T, 0, stride_pkn, stride_pvn, scale, threshold,
+        False, 0, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    end = L
+    if CAUSAL:
+        end = min(L, (tl.program_id(0) + 1) * BLOCK_M + L - S)
+    mask_rows = mask_ptr
+    if MASK != 0:
+        mask_rows = mask_ptr + b * stride_mb + h * stride_mh + offs_m.to(tl.int64)[:, None] * stride_ms
+    acc, top, total = walk(
+        q, k_ptr + b * stride_kb + kvh * stride_kh, v_ptr + b * stride_vb + kvh * stride_vh, mask_rows,
+        acc, top, total, key1, key2, offs_m, offs_d, S, L, D, end, T, stride_kn, stride_vn, scale, threshold,
+        CAUSAL, MASK, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    acc = acc * (inv_keep / total)[:, None]
+    tl.store(out_ptr + row[:, None] * D + offs_d[None, :], round_to(acc, out_ptr.dtype.element_ty), mask=mask_md)
+    # Apart: exp(score - log-sum-exp) would lose the digits that the score has before the point.
+    tl.store(top_ptr + row, top, mask=offs_m < S)
+    tl.store(sum_ptr + row, total, mask=offs_m < S)
+
+
+@triton.jit
+def weights_and_slopes(s, top, inv_sum, dp, delta, key1, key2, columns, inv_keep, threshold, DROPOUT: tl.constexpr):
+    """(what the values were multiplied with, gradient of the scores) from scores and gradient of the weights."""
+    p = tl.exp(s - top[:, None]) * inv_sum[:, None]
+    dropped = p
+    if DROPOUT:
+        keep = keep_mask(key1, key2, columns, threshold)
+        dropped = tl.where(keep, p * inv_keep, 0.0)
+        dp = tl.where(keep, dp * inv_keep, 0.0)
+    return dropped, p * (dp - delta[:, None])
+
+
+@triton.jit
+def walk_back(
+    q,
+    dout,
+    dq,
+    top,
+    inv_sum,
+    delta,
+    k_rows,
+    v_rows,
+    mask_rows,
+    key1,
+    key2,
+    offs_m,
+    offs_d,
+    S,
+    N,
+    D,
+    end,
+    first_column,
+    stride_kn,
+    stride_vn,
+    scale,
+    inv_keep,
+    threshold,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dq plus what keys [0, end) of one part give, without the scale."""
+    for start in range(0, end, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        s = scores_tile(
+            q, k_rows, mask_rows, offs_m, offs_n, offs_d, S, N, D, stride_kn, scale, CAUSAL, MASK, PRECISION, BLOCK_M,
+            BLOCK_N,
+        )  # fmt: skip
+        inside = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+        v = tl.load(v_rows + offs_n.to(tl.int64)[:, None] * stride_vn + offs_d[None, :], mask=inside, other=0.0)
+        k = tl.load(k_rows + offs_n.to(tl.int64)[:, None] * stride_kn + offs_d[None, :], mask=inside, other=0.0)
+        dp = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+        _, ds = weights_and_slopes(
+            s, top, inv_sum, dp, delta, key1, key2, first_column + offs_n, inv_keep, threshold, DROPOUT
+        )
+        dq = dot(ds, k, dq, PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=["S", "L", "T", "threshold"])
+def queries_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    pk_ptr,
+    pv_ptr,
+    mask_ptr,
+    out_ptr,
+    top_ptr,
+    sum_ptr,
+    dout_ptr,
+    dq_ptr,
+    delta_ptr,
+    seed_ptr,
+    Hq,
+    GROUP,
+    S,
+    L,
+    T,
+    D,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_pkb,
+    stride_pkh,
+    stride_pkn,
+    stride_pvb,
+    stride_pvh,
+    stride_pvn,
+    stride_mb,
+    stride_mh,
+    stride_ms,
+    stride_dob,
+    stride_doh,
+    stride_dos,
+    scale,
+    inv_keep,
+    threshold,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dq and delta = sum(dout * out) [B, Hq, S] of one block of queries of one head; out and dq are contiguous."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    b = (tl.program_id(1) // Hq).to(tl.int64)
+    h = (tl.program_id(1) % Hq).to(tl.int64)
+    kvh = h // GROUP
+    rows = offs_m.to(tl.int64)[:, None]
+    row = (b * Hq + h) * S + offs_m
+    mask_md = (offs_m < S)[:, None] & (offs_d < D)[None, :]
+    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + rows * stride_qs + offs_d[None, :], mask=mask_md, other=0.0)
+    dout_tile = dout_ptr + b * stride_dob + h * stride_doh + rows * stride_dos + offs_d[None, :]
+    dout = tl.load(dout_tile, mask=mask_md, other=0.0)
+    out = tl.load(out_ptr + row[:, None] * D + offs_d[None, :], mask=mask_md, other=0.0)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + row, delta, mask=offs_m < S)
+    top = tl.load(top_ptr + row, mask=offs_m < S, other=float("inf"))
+    inv_sum = 1.0 / tl.load(sum_ptr + row, mask=offs_m < S, other=1.0)
+    key1, key2 = offs_m, offs_m
+    if DROPOUT:
+        key1, key2 = row_keys(seed_ptr, row)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dq = walk_back(
+        q, dout, dq, top, inv_sum, delta, pk_ptr + b * stride_pkb + kvh * stride_pkh,
+        pv_ptr + b * stride_pvb + kvh * stride_pvh, mask_ptr, key1, key2, offs_m, offs_d, S, T, D, T, 0, stride_pkn, stride_pvn, scale, inv_keep, threshold,
+        False, 0, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    end = L
+    if CAUSAL:
+        end = min(L, (tl.program_id(0) + 1) * BLOCK_M + L - S)
+    mask_rows = mask_ptr
+    if MASK != 0:
+        mask_rows = mask_ptr + b * stride_mb + h * stride_mh + rows * stride_ms
+    dq = walk_back(
+        q, dout, dq, top, inv_sum, delta, k_ptr + b * stride_kb + kvh * stride_kh, v_ptr + b * stride_vb + kvh * stride_vh,
+        mask_rows, key1, key2, offs_m, offs_d, S, L, D, end, T, stride_kn, stride_vn, scale, inv_keep, threshold,
+        CAUSAL, MASK, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    tl.store(dq_ptr + row[:, None] * D + offs_d[None, :], round_to(dq * scale, dq_ptr.dtype.element_ty), mask=mask_md)
+
+
+@triton.jit(do_not_specialize=["S", "N", "first_column", "threshold"])
+def keys_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    top_ptr,
+    sum_ptr,
+    delta_ptr,
+    dout_ptr,
+    dk_ptr,
+    dv_ptr,
+    seed_ptr,
+    Hq,
+    GROUP,
+    S,
+    N,
+    D,
+    first_column,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_mb,
+    stride_mh,
+    stride_ms,
+    stride_dob,
+    stride_doh,
+    stride_dos,
+    scale,
+    inv_keep,
+    threshold,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dk and dv [B, Hkv, N, D], contiguous, of one block of keys: summed over the heads of the group, in order."""
+    n0 = tl.program_id(0) * BLOCK_N
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    heads = Hq // GROUP
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    kvh = (tl.program_id(1) % heads).to(tl.int64)
+    inside = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+    k_rows = k_ptr + b * stride_kb + kvh * stride_kh
+    v_tile = v_ptr + b * stride_vb + kvh * stride_vh + offs_n.to(tl.int64)[:, None] * stride_vn + offs_d[None, :]
+    v = tl.load(v_tile, mask=inside, other=0.0)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    first = 0
+    if CAUSAL:
+        first = max(0, n0 - (N - S)) // BLOCK_M * BLOCK_M
+    for g in range(GROUP):
+        h = kvh * GROUP + g
+        for start in range(first, S, BLOCK_M):
+            offs_m = start + tl.arange(0, BLOCK_M)
+            rows = offs_m.to(tl.int64)[:, None]
+            row = (b * Hq + h) * S + offs_m
+            mask_md = (offs_m < S)[:, None] & (offs_d < D)[None, :]
+            q_tile = q_ptr + b * stride_qb + h * stride_qh + rows * stride_qs + offs_d[None, :]
+            q = tl.load(q_tile, mask=mask_md, other=0.0)
+            dout_tile = dout_ptr + b * stride_dob + h * stride_doh + rows * stride_dos + offs_d[None, :]
+            dout = tl.load(dout_tile, mask=mask_md, other=0.0)
+            top = tl.load(top_ptr + row, mask=offs_m < S, other=float("inf"))
+            inv_sum = 1.0 / tl.load(sum_ptr + row, mask=offs_m < S, other=1.0)
+            delta = tl.load(delta_ptr + row, mask=offs_m < S, other=0.0)
+            mask_rows = mask_ptr
+            if MASK != 0:
+                mask_rows = mask_ptr + b * stride_mb + h * stride_mh + rows * stride_ms
+            s = scores_tile(
+                q, k_rows, mask_rows, offs_m, offs_n, offs_d, S, N, D, stride_kn, scale, CAUSAL, MASK, PRECISION,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            key1, key2 = offs_m, offs_m
+            if DROPOUT:
+                key1, key2 = row_keys(seed_ptr, row)
+            dp = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+            dropped, ds = weights_and_slopes(
+                s, top, inv_sum, dp, delta, key1, key2, first_column + offs_n, inv_keep, threshold, DROPOUT
+            )
+            dv = dot(tl.trans(dropped), dout, dv, PRECISION)
+            dk = dot(tl.trans(ds), q, dk, PRECISION)
+    at = ((b * heads + kvh) * N + offs_n)[:, None] * D + offs_d[None, :]
+    tl.store(dk_ptr + at, round_to(dk * scale, dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + at, round_to(dv, dv_ptr.dtype.element_ty), mask=inside)
+
+
+class _Mask(NamedTuple):
+    """Launch arguments of a mask: kind (0 none, 1 bool, 2 additive), pointer, strides of batch, head and query."""
+
+    kind: int
+    data: Tensor | None
+    strides: tuple[int, int, int]
+
+
+def _mask_args(mask: Tensor | None) -> _Mask:
+    if mask is None:
+        return _Mask(0, None, (0, 0, 0))
+    if mask.stride(3) != 1 and mask.shape[3] > 1:
+        mask = mask.contiguous()
+    kind = 1 if mask.dtype == torch.bool else 2
+    return _Mask(kind, mask.view(torch.uint8) if kind == 1 else mask, mask.stride()[:3])
+
+
+def _block_d(d: int) -> int:
+    return max(16, triton.next_power_of_2(d))
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pk: Tensor,
+    pv: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(out [B, Hq, S, D] in q's dtype; highest score and sum of exp(score - highest) of each query, [2, B, Hq, S])."""
+    (b, hq, s, d), t = q.shape, _tile("forward", q)
+    out = torch.empty((b, hq, s, d), dtype=q.dtype, device=q.device)
+    norm = torch.empty((2, b, hq, s), dtype=torch.float32, device=q.device)
+    drop, m = dropout_args(p, seed), _mask_args(mask)
+    with on_device(q):
+        launch(
+            forward_kernel, (triton.cdiv(s, t.block_m), b * hq),
+            q, k, v, pk, pv, m.data, out, norm[0], norm[1], drop.seed, hq, hq // k.shape[1], s, k.shape[2], pk.shape[2], d,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *pk.stride()[:3], *pv.stride()[:3], *m.strides,
+            float(scale), drop.inv_keep, drop.threshold,
+            CAUSAL=causal, MASK=m.kind, DROPOUT=drop.enabled, PRECISION=precision(q.dtype, q.dtype).wide,
+            BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=_block_d(d), num_warps=t.num_warps, num_stages=t.num_stages,
+        )  # fmt: skip
+    return out, norm
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pk: Tensor,
+    pv: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    norm: Tensor,
+    causal: bool,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv in q's dtype, dpk and dpv [B, Hkv, T, D] in f32, one for each batch row)."""
+    (b, hq, s, d), (hkv, length), prefix = q.shape, k.shape[1:3], pk.shape[2]
+    drop, m, t = dropout_args(p, seed), _mask_args(mask), _tile("queries", q)
+    dq = torch.empty((b, hq, s, d), dtype=q.dtype, device=q.device)
+    delta = torch.empty_like(norm[0])
+    dk, dv = (torch.empty((b, hkv, length, d), dtype=q.dtype, device=q.device) for _ in range(2))
+    dpk, dpv = (torch.empty((b, hkv, prefix, d), dtype=torch.float32, device=q.device) for _ in range(2))
+    with on_device(q):
+        launch(
+            queries_kernel, (triton.cdiv(s, t.block_m), b * hq),
+            q, k, v, pk, pv, m.data, out, norm[0], norm[1], dout, dq, delta, drop.seed, hq, hq // hkv, s, length, prefix, d,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *pk.stride()[:3], *pv.stride()[:3], *m.strides,
+            *dout.stride()[:3], float(scale), drop.inv_keep, drop.threshold,
+            CAUSAL=causal, MASK=m.kind, DROPOUT=drop.enabled, PRECISION=precision(q.dtype, q.dtype).wide,
+            BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=_block_d(d), num_warps=t.num_warps, num_stages=t.num_stages,
+        )  # fmt: skip
+        _keys_pass(dout, q, k, v, m, norm, delta, dk, dv, prefix, causal, scale, drop)
+        _keys_pass(dout, q, pk, pv, _mask_args(None), norm, delta, dpk, dpv, 0, False, scale, drop)
+    return dq, dk, dv, dpk, dpv
+
+
+def _keys_pass(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    m: _Mask,
+    norm: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    first_column: int,
+    causal: bool,
+    scale: float,
+    drop: Dropout,
+) -> None:
+    (b, hq, s, d), (hkv, n), t = q.shape, k.shape[1:3], _tile("keys", q)
+    launch(
+        keys_kernel, (triton.cdiv(n, t.block_n), b * hkv),
+        q, k, v, m.data, norm[0], norm[1], delta, dout, dk, dv, drop.seed, hq, hq // hkv, s, n, d, first_column,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *m.strides, *dout.stride()[:3],
+        float(scale), drop.inv_keep, drop.threshold,
+        CAUSAL=causal, MASK=m.kind, DROPOUT=drop.enabled, PRECISION=precision(q.dtype, q.dtype).wide,
+        BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=_block_d(d), num_warps=t.num_warps, num_stages=t.num_stages,
+    )  # fmt: skip
+
+
+def aot_sources(device: Device) -> Iterator[Source]:
+    """Kernel variants to compile ahead of time: widths, dtypes, masks, grouped queries, decoding."""
+    return sources(device, _aot_calls())
+
+
+def _aot_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    f32, bf16 = torch.float32, torch.bfloat16
+    cases = [
+        (8, 32, 8, 1024, 1024, 20, 128, bf16, "causal", 0.0),
+        (8, 12, 12, 512, 512, 20, 64, bf16, "bool", 0.1),
+        (8, 16, 16, 1024, 1024, 30, 64, bf16, "causal", 0.0),
+        (2, 8, 4, 512, 512, 20, 256, bf16, "causal", 0.0),
+        (2, 8, 8, 128, 128, 20, 64, f32, "bool", 0.0),
+        (2, 8, 8, 128, 128, 20, 128, f32, "causal", 0.0),
+        (1, 4, 2, 33, 35, 5, 40, bf16, "float", 0.0),
+    ]
+    for b, hq, hkv, s, length, t, d, dtype, mask, p in cases:
+        name = f"prefix_attention B{b} H{hq}/{hkv} S{s} L{length} T{t} D{d} {dtype} {mask} p{p}".replace("torch.", "")
+        yield name, functools.partial(_aot_call, b, hq, hkv, s, length, t, d, dtype, mask, p)
+
+
+def _aot_call(
+    b: int, hq: int, hkv: int, s: int, length: int, t: int, d: int, dtype: torch.dtype, kind: str, p: float
+) -> None:
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v = meta(b, s, hq, d).transpose(1, 2), *(meta(b, length, hkv, d).transpose(1, 2) for _ in range(2))
+    pk, pv = (meta(hkv, t, d).expand(b, -1, -1, -1) for _ in range(2))
+    mask = None
+    if kind != "causal":
+        mask = meta(b, 1, s, length, dtype=torch.bool if kind == "bool" else torch.float32).expand(b, hq, s, length)
+    seed = meta(1, dtype=torch.int64) if p else None
+    out, norm = forward(q, k, v, pk, pv, mask, kind == "causal", d**-0.5, p, seed)
+    backward(meta(b, hq, s, d), q, k, v, pk, pv, mask, out, norm, kind == "causal", d**-0.5, p, seed)
