@@ -1,8 +1,9 @@
 """Triton backend of prefix_attention: one walk over the prefix, then over the text, with online softmax.
 
-q [B, Hq, S, D], k and v [B, Hkv, L, D], pk and pv [B, Hkv, T, D] (expanded over the batch), D <= 256, unit stride along D;
-products and sums in f32. Backward makes the weights again from each query's highest score and sum: a pass over queries (dq), one over keys
-(dk, dv), and the same over the prefix of each batch row, whose sum over the batch is left to the caller.
+q [B, Hq, S, D], k and v [B, Hkv, L, D], pk and pv [B, Hkv, T, D] (expanded over the batch), D <= 256, unit stride
+along D; products and sums in f32. Backward makes the weights again from each query's highest score and sum: a pass over
+queries (dq), one over keys (dk, dv), and the same over the prefix of each batch row, whose sum over the batch is left
+to the caller.
 Source of the method: Dao 2023 (arXiv:2307.08691), algorithms 1 and 2.
 """
 
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import Dropout, dot, dropout_args, keep_mask, precision, refuse_common, round_to, row_keys
-from ._device import Device, Source, device_of, launch, on_device, sources
+from ._device import Device, Source, launch, on_device, sources
 
 MAX_WIDTH = 256
 
@@ -34,12 +35,12 @@ class Tile(NamedTuple):
 
 # (pass, one 16-bit product or f32) -> width of a head up to which a row holds. No entry spills on sm_90 (aot.py).
 _TILES: dict[tuple[str, bool], dict[int, Tile]] = {
-    ("forward", True): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 2)},
-    ("forward", False): {64: Tile(32, 32, 4, 2), 256: Tile(16, 16, 4, 1)},
-    ("queries", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 4, 1)},
-    ("queries", False): {64: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-    ("keys", True): {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
-    ("keys", False): {64: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    ("forward", True): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    ("forward", False): {64: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
+    ("queries", True): {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    ("queries", False): {64: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
+    ("keys", True): {64: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    ("keys", False): {64: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
 }
 
 
@@ -365,7 +366,8 @@ def queries_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = walk_back(
         q, dout, dq, top, inv_sum, delta, pk_ptr + b * stride_pkb + kvh * stride_pkh,
-        pv_ptr + b * stride_pvb + kvh * stride_pvh, mask_ptr, key1, key2, offs_m, offs_d, S, T, D, T, 0, stride_pkn, stride_pvn, scale, inv_keep, threshold,
+        pv_ptr + b * stride_pvb + kvh * stride_pvh, mask_ptr, key1, key2, offs_m, offs_d, S, T, D, T, 0,
+        stride_pkn, stride_pvn, scale, inv_keep, threshold,
         False, 0, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     end = L
@@ -375,7 +377,8 @@ def queries_kernel(
     if MASK != 0:
         mask_rows = mask_ptr + b * stride_mb + h * stride_mh + rows * stride_ms
     dq = walk_back(
-        q, dout, dq, top, inv_sum, delta, k_ptr + b * stride_kb + kvh * stride_kh, v_ptr + b * stride_vb + kvh * stride_vh,
+        q, dout, dq, top, inv_sum, delta,
+        k_ptr + b * stride_kb + kvh * stride_kh, v_ptr + b * stride_vb + kvh * stride_vh,
         mask_rows, key1, key2, offs_m, offs_d, S, L, D, end, T, stride_kn, stride_vn, scale, inv_keep, threshold,
         CAUSAL, MASK, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
@@ -511,7 +514,7 @@ def forward(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, Hq, S, D] in q's dtype; highest score and sum of exp(score - highest) of each query, [2, B, Hq, S])."""
+    """(out [B, Hq, S, D] in q's dtype; highest score and sum of exp(score - it) of each query, [2, B, Hq, S] f32)."""
     (b, hq, s, d), t = q.shape, _tile("forward", q)
     out = torch.empty((b, hq, s, d), dtype=q.dtype, device=q.device)
     norm = torch.empty((2, b, hq, s), dtype=torch.float32, device=q.device)
@@ -519,7 +522,8 @@ def forward(
     with on_device(q):
         launch(
             forward_kernel, (triton.cdiv(s, t.block_m), b * hq),
-            q, k, v, pk, pv, m.data, out, norm[0], norm[1], drop.seed, hq, hq // k.shape[1], s, k.shape[2], pk.shape[2], d,
+            q, k, v, pk, pv, m.data, out, norm[0], norm[1], drop.seed,
+            hq, hq // k.shape[1], s, k.shape[2], pk.shape[2], d,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *pk.stride()[:3], *pv.stride()[:3], *m.strides,
             float(scale), drop.inv_keep, drop.threshold,
             CAUSAL=causal, MASK=m.kind, DROPOUT=drop.enabled, PRECISION=precision(q.dtype, q.dtype).wide,
@@ -553,7 +557,8 @@ def backward(
     with on_device(q):
         launch(
             queries_kernel, (triton.cdiv(s, t.block_m), b * hq),
-            q, k, v, pk, pv, m.data, out, norm[0], norm[1], dout, dq, delta, drop.seed, hq, hq // hkv, s, length, prefix, d,
+            q, k, v, pk, pv, m.data, out, norm[0], norm[1], dout, dq, delta, drop.seed,
+            hq, hq // hkv, s, length, prefix, d,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *pk.stride()[:3], *pv.stride()[:3], *m.strides,
             *dout.stride()[:3], float(scale), drop.inv_keep, drop.threshold,
             CAUSAL=causal, MASK=m.kind, DROPOUT=drop.enabled, PRECISION=precision(q.dtype, q.dtype).wide,

@@ -86,8 +86,10 @@ class PrefixTuning(KeyValueAdapter):
         if self.transform is None:
             rows = self.embeddings[:, cut]
         else:
-            first, act, last = self.transform
-            rows = nn.functional.linear(act(first(self.tokens)), last.weight[cut], last.bias[cut])
+            *first, last = self.transform
+            weight: Tensor = last.weight  # type: ignore[assignment]
+            bias: Tensor = last.bias  # type: ignore[assignment]
+            rows = nn.functional.linear(nn.Sequential(*first)(self.tokens), weight[cut], bias[cut])
         keys, values = self._split(rows, 1)
         return keys, values
 
