@@ -198,7 +198,7 @@ def check(model: nn.Module, layers: int) -> None:
     if not hasattr(Cache, "get_query_offset"):
         raise TargetError("prefixes need transformers >= 5.17, whose caches tell masks and positions apart")
     backbone = getattr(model, "base_model", model)
-    found = (getattr(module, "layer_idx", None) for module in backbone.modules())  # type: ignore[operator]
+    found = (getattr(module, "layer_idx", None) for module in backbone.modules())
     indices: set[int] = {index for index in found if isinstance(index, int)}
     if indices != set(range(layers)):
         raise TargetError(
