@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (pass, one 16-bit product or f32) -> width of a head up to which a row holds. No entry spills on sm_90 (aot.py).
+# (pass, 16-bit products) -> width of a head up to which a row holds. Registers and spills are in the table of aot.py.
 _TILES: dict[tuple[str, bool], dict[int, Tile]] = {
     ("forward", True): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     ("forward", False): {64: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
