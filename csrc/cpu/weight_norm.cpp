@@ -80,7 +80,7 @@ constexpr int kNormRows = 4;        // rows of a tile: its sums and squares fit 
 constexpr int64_t kPanelRun = 16;   // panels whose squares are summed in one chain
 constexpr int64_t kPartRows = 256;  // rows whose squares are summed apart, by columns
 
-// acc = rows [m, m + kNormRows) of one panel of wide + s * up down; rows past the end are zero.
+// acc = rows [m, m + kNormRows) of one panel of wide + s * up down; rows past the end repeat the last one.
 template <class T>
 PEFTKERN_INLINE void sum_tile(const WeightNorm& op, const float* lanes, const PanelPack<float>& down, int64_t m,
                               int64_t rows, int64_t panel, vf (&acc)[kNormRows][kTileVecs]) {
@@ -96,8 +96,6 @@ PEFTKERN_INLINE void sum_tile(const WeightNorm& op, const float* lanes, const Pa
     for (int v = 0; v < kTileVecs; ++v) acc[i][v] = load_columns(wide, c0 + v * kLanes, op.q);
   }
   tile<float, kNormRows>(pointers, 1, Packed<float>{down.at(panel), kPanel}, down.depth, acc);
-  for (int64_t i = rows; i < kNormRows; ++i)
-    for (int v = 0; v < kTileVecs; ++v) acc[i][v] = vf{};
 }
 
 // A tile of rows: lanes are scale * up [rows, depth].
@@ -114,13 +112,11 @@ void row_norms(const WeightNorm& op, const float* lanes, const PanelPack<float>&
 #pragma GCC unroll 8
         for (int v = 0; v < kTileVecs; ++v) squares[i] += acc[i][v] * acc[i][v];
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kNormRows; ++i) total[i] += squares[i];
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    float sum = 0.0f;
-    for (int lane = 0; lane < kLanes; ++lane) sum += total[i][lane];
-    op.norm[m + i] = std::sqrt(sum);
-  }
+  const v4 sums = sum4(total[0], total[1], total[2], total[3]);
+  for (int64_t i = 0; i < rows; ++i) op.norm[m + i] = std::sqrt(sums[i]);
 }
 
 template <class T>
@@ -156,7 +152,8 @@ void by_column(const WeightNorm& op, const PanelPack<float>& down) {
           for (int v = 0; v < kTileVecs; ++v) {
             vf squares = acc[0][v] * acc[0][v];
 #pragma GCC unroll 8
-            for (int j = 1; j < kNormRows; ++j) squares += acc[j][v] * acc[j][v];
+            for (int j = 1; j < kNormRows; ++j)
+              if (i + j < rows) squares += acc[j][v] * acc[j][v];
             float* at = to + panel * kPanel + v * kLanes;
             store(at, load(at) + squares);
           }

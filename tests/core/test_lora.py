@@ -366,7 +366,7 @@ def test_dora_copies_and_saves_its_own_base(tmp_path) -> None:
     import pickle
 
     model = pk.attach(tiny_bert(), pk.LoraConfig(use_dora=True, init_lora_weights=False)).eval()
-    batch = token_batch()
+    batch = token_batch(labels=5)
     want = model(**batch).logits
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other(**batch).logits, want)

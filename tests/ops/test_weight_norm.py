@@ -45,7 +45,8 @@ def test_nothing_as_large_as_the_weight_is_made(backend: str) -> None:
     for view in (weight, weight.T.contiguous().T):
         with _WideAllocations(weight.numel()) as mode:
             weight_norm(view, a, b).sum().backward()
-        assert not mode.seen
+        views = ("aten.t.", "aten.detach.", "aten.transpose.", "aten.alias.", "aten.permute.")
+        assert not [name for name in mode.seen if not name.startswith(views)]
 
 
 def test_shapes_that_do_not_chain() -> None:
