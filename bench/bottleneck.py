@@ -18,6 +18,8 @@ from ._clock import Runner, Values
 from ._measure import SHORT, Case, Cost, Gate, Options
 
 _HALF = torch.bfloat16
+_LIMIT = 1.15
+"""Gate on a CPU: forward and backward at most so many times the six products alone, dropout included."""
 _NAMES = ("x", "down", "up", "down_bias", "up_bias")
 
 
@@ -70,6 +72,8 @@ def _case(options: Options, s: Shape) -> Case:
     gates = []
     if options.device.type == "cuda" and (s.m, s.k, s.r, s.light) == (8192, 4096, 64, False):
         gates = [Gate(50.0, "forward", ""), Gate(66.0, "backward", "")]
+    elif options.device.type == "cpu" and s.m == 2048:
+        gates = [Gate(_LIMIT)]
     return Case(
         "bottleneck", label, x, config, options.device, s.dtype, providers, lambda: _oracle(inputs(), s),
         lambda: _cost(s), gates=gates, light=s.light,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -123,3 +125,28 @@ def test_a_batch_that_fails_leaves_the_model_alone() -> None:
     model = pk.attach(tiny_bert(), pk.LoraConfig())
     with unchanged(model), pytest.raises((IndexError, RuntimeError)):
         pk.trainable(model, {"input_ids": torch.full((1, 3), 1000)})
+
+
+@pytest.mark.parametrize("build", [tiny_bert, tiny_llama], ids=["bert", "llama"])
+def test_an_adapted_model_saves_each_input_once_and_its_latents(build: Callable[[], nn.Module]) -> None:
+    """Over a bf16 backbone, dropout on, f32 adapters: per target h [M, 8] in f32 and a seed of 8 bytes, and per block
+    those inputs that the frozen model has no need to save: query, key and value share one."""
+    batch = token_batch(labels=5)
+    rows = batch["input_ids"].numel()
+    names = ["query", "key", "value"] if build is tiny_bert else ["q_proj", "k_proj", "v_proj"]
+
+    def saved(config: pk.LoraConfig | None) -> int:
+        model = build().bfloat16().train().requires_grad_(False)
+        model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.requires_grad_())
+        if config is not None:
+            pk.attach(model, config)
+        return saved_bytes(lambda: model(**batch), list(model.parameters()))
+
+    floor = saved(None)
+    one = saved(pk.LoraConfig(target_modules=names[:1], lora_dropout=0.1)) - floor
+    three = saved(pk.LoraConfig(target_modules=names, lora_dropout=0.1)) - floor
+    without = saved(pk.LoraConfig(target_modules=names, lora_dropout=0.0)) - floor
+    blocks, latent, seed, x = 2, rows * 8 * 4, 8, rows * 32 * 2
+    assert three - one == blocks * 2 * (latent + seed), "two further targets of the same x save no further x"
+    assert one <= blocks * (x + latent + seed)
+    assert three - without == blocks * 3 * seed, "dropout saves a seed and nothing else"

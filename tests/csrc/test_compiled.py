@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import peftkern as pk
+from peftkern import dispatch
+from peftkern.ops._op import Op, every
 from peftkern.ops.dropout import keep_mask, threshold
+from peftkern.testing import assert_as_good_as_torch
 
 C = pytest.importorskip("peftkern._C", reason="the compiled extension is not built")
 
@@ -90,6 +94,47 @@ def test_low_rank_matches_float64(isa: str, t: torch.dtype, w: torch.dtype, p: f
         assert_near(d_in, dx.double() + dropped * (dh64 @ a64), half)
         assert_near(da, dh64.T @ (x64 * dropped), grad)
         assert_near(db, 0.7 * dy64.T @ h64, grad)
+
+
+COMPILED = [op for op in every() if hasattr(ops, f"{op.name}_forward")]
+
+
+@pytest.mark.parametrize("t", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", COMPILED, ids=lambda op: op.name)
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_every_op_matches_float64_on_every_instruction_set(isa: str, op: Op, t: torch.dtype) -> None:
+    C.force_isa(isa)
+    with pk.use_backend("cpu"):
+        for name, kwargs in op.samples(torch.device("cpu"), t):
+            floating = [k for k, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()]
+            grads = [key for key in floating if key not in op.frozen] if dispatch.load("cpu", op.name).trains else []  # type: ignore[union-attr]
+            try:
+                assert_as_good_as_torch(op.reference, op.run, kwargs, grads=grads)
+            except AssertionError as error:
+                raise AssertionError(f"{op.name}, {isa}, case {name}: {error}") from error
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("t", "w"), PAIRS, ids=str)
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_few_rows_match_float64(isa: str, t: torch.dtype, w: torch.dtype, p: float) -> None:
+    """Up to four rows take a path of their own; five do not. With and without what is there, scale and shift."""
+    C.force_isa(isa)
+    for m in (1, 2, 4, 5):
+        for k, n, r in ((1, 1, 1), (15, 17, 3), (64, 64, 8), (33, 50, 21)):
+            x, a, b, y, _, _ = low_rank_case(m, k, n, r, t, w)
+            column, shift = rand(n), rand(n)
+            h64 = (x.double() * mask(m, k, p)) @ a.double().T
+            update = 0.7 * h64 @ b.double().T
+            out = y.clone()
+            h = ops.low_rank_forward(x, a, b, out, 0.7, p, SEED)
+            assert_near(h, h64, 2e-6)
+            assert_near(out, y.double() + update, EPSILON[t])
+            ops.low_rank_forward(x, a, b, out, 0.7, p, SEED, y, column, shift)
+            assert_near(out, column.double() * (y.double() + update) + shift.double(), EPSILON[t])
+            out.fill_(torch.nan)
+            ops.low_rank_forward(x, a, b, out, 0.7, p, SEED, None, None, shift, True)
+            assert_near(out, update + shift.double(), EPSILON[t])
 
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
