@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
 
 import peftkern as pk
+from peftkern import registry
+from peftkern.adapter import AdapterConfig, LayerAdapter
 from peftkern.attach import state
 from peftkern.testing import relative_error, tiny_bert, tiny_gpt2, tiny_llama, token_batch
-from peftkern.testing.case import switch_checkpointing
+from peftkern.testing.case import move, own_parameters, switch_checkpointing
 
 CASES = {
     "lora-llama": (
@@ -23,6 +28,12 @@ CASES = {
     ),
     "prompt-gpt2": (lambda: tiny_gpt2(n_layer=1), lambda: pk.PromptTuningConfig(num_virtual_tokens=3)),
 }
+FAMILIES = {"bert": (tiny_bert, 5), "llama": (tiny_llama, 61)}
+"""Builders and the number of labels of their batches."""
+LAYERED = {name: {} for name in registry.names() if issubclass(registry.load(name), LayerAdapter)}
+LAYERED |= {"dora": {"use_dora": True}}
+"""Every method that runs inside the layers, by name; and forms of them."""
+FORM_OF = {"dora": "lora"}
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +62,42 @@ def test_one_graph_for_all_batch_sizes(case: str) -> None:
     assert counter.frame_count <= 2 * graphs, f"{counter.frame_count} graphs for five batch sizes"
 
 
-@pytest.mark.parametrize("case", ["lora-llama", "adapter-bert"])
-def test_no_graph_break_in_training(case: str) -> None:
-    """With dropout; the kit tries all methods without, where fullgraph=True makes a break an error."""
-    build, config = CASES[case]
-    model = pk.attach(build(), config()).train()
-    found = torch._dynamo.explain(model)(**token_batch(labels=5))
-    assert (found.graph_break_count, found.graph_count) == (0, 1), found.break_reasons
+def with_dropout(name: str) -> AdapterConfig:
+    """The configuration of a method, or a form of one, with every dropout it has at 0.1."""
+    kind = registry.load(FORM_OF.get(name, name)).Config
+    dropouts = [field.name for field in fields(kind) if field.name.endswith("dropout")]
+    return kind(**dict.fromkeys(dropouts, 0.1) | LAYERED[name])
+
+
+def step(model: nn.Module, run: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of one training step, its masks drawn from a fixed seed."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(11)
+    loss = run(**batch).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", LAYERED)
+def test_one_graph_trains_on_batches_of_every_size(method: str, family: str) -> None:
+    """Forward and backward with dropout: no break, compiled once for all batch sizes and lengths, equal to eager."""
+    build, labels = FAMILIES[family]
+    model = pk.attach(build(num_hidden_layers=1), with_dropout(method)).train()
+    move(own_parameters(model).values(), 1)
+    compiled, counter = counted(model)
+    for rows, length in ((2, 6), (3, 7), (4, 12)):
+        batch = token_batch(rows, length, labels=labels)
+        loss, gradients = step(model, model, batch)
+        for value in batch.values():
+            for dim in (0, 1):
+                torch._dynamo.mark_dynamic(value, dim)
+        got_loss, got = step(model, compiled, batch)
+        torch.testing.assert_close(got_loss, loss)
+        assert set(got) == set(gradients) and gradients, "trained parameters"
+        for name, want in gradients.items():
+            assert relative_error(got[name], want) < 1e-4, f"{rows} x {length}: {name}"
+    assert counter.frame_count == 1, f"{counter.frame_count} graphs for three batch sizes"
 
 
 def test_dropout_in_a_compiled_layer() -> None:
