@@ -106,6 +106,12 @@ def test_hashes_are_uniform() -> None:
         assert_binomial(counts, values.numel(), 1 / 256, f"bits {shift} to {shift + 7}")
 
 
+def test_no_row_is_another_one_reordered() -> None:
+    """Two keys per row: with one that is added to the column, rows whose keys are near would share their hashes."""
+    sums = hashes(21, 1 << 16, 64).sum(1)
+    assert sums.unique().numel() == sums.numel()
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_an_element_does_not_depend_on_the_size(seed: int) -> None:
     whole = hashes(seed, 67, 130)
