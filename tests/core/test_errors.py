@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -136,6 +137,30 @@ def test_misspelt_field() -> None:
     with pytest.raises(ConfigError, match="lora_bias=True is not implemented"):
         pk.LoraConfig.from_dict({"lora_bias": True})
     assert pk.LoraConfig.from_dict({"lora_bias": False, "peft_type": "LORA"}) == pk.LoraConfig()
+
+
+def ranges() -> list[tuple[str, str, object]]:
+    """Method, field and a value beyond its range: every probability and every rank or count of the methods here."""
+    beyond = {"dropout": (-0.1, 1.0, float("nan")), "r": (0, -8), "num_virtual_tokens": (0,), "last_k": (-1,)}
+    return [
+        (method, field.name, value)
+        for method in registry.names()
+        for field in dataclasses.fields(registry.load(method).Config)
+        for value in beyond.get("dropout" if field.name.endswith("dropout") else field.name, ())
+    ]
+
+
+@pytest.mark.parametrize(("method", "field", "value"), ranges())
+def test_a_value_out_of_range(method: str, field: str, value: object) -> None:
+    kind = registry.load(method).Config
+    with pytest.raises(ConfigError, match=rf"{kind.__name__}: {field}={value}: want "):
+        kind(**{field: value})
+
+
+def test_nothing_to_train() -> None:
+    model = tiny_llama()
+    with unchanged(model), pytest.raises(TargetError, match="LlamaForCausalLM has no bias that"):
+        pk.attach(model, pk.BitFitConfig())
 
 
 def test_configurations_are_frozen() -> None:
