@@ -59,6 +59,7 @@ def _case(options: Options, s: Shape) -> Case:
     config = {"B": s.b, "Hq": s.hq, "Hkv": s.hkv, "S": s.s, "T": s.t, "D": s.d, "kind": s.kind}
     inputs = functools.cache(lambda: _inputs(options.device, s))
     providers: dict[str, Callable[[], Runner]] = {
+        "floor": lambda: _floor(inputs(), s),
         "torch": lambda: _plain(inputs(), s),
         "peftkern": lambda: _ours(inputs(), s),
     }
@@ -106,6 +107,21 @@ def _ours(t: dict[str, Tensor], s: Shape) -> Runner:
 
     backend = dispatch.choose("prefix_attention", t["q"].device, s.dtype, D=s.d)
     return _runner(run, leaves, t, s, backend)
+
+
+def _floor(t: dict[str, Tensor], s: Shape) -> Runner:
+    """The same attention without a prefix."""
+    leaves = {name: _peers.leaf(t[name]) for name in ("q", "k", "v")}
+
+    def run() -> Tensor:
+        q, k, v = leaves.values()
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=t.get("mask"), is_causal=s.kind == "causal", enable_gqa=s.hq != s.hkv
+        )
+
+    if s.s == 1:
+        return _peers.inference(run, gated=False)
+    return _peers.differentiable(run, leaves, t["dy"])
 
 
 def _plain(t: dict[str, Tensor], s: Shape, mode: str | None = None) -> Runner:

@@ -65,12 +65,13 @@ def match(model: nn.Module, config: Any) -> list[str]:
     layers = config.layers_to_transform
     layers = {layers} if isinstance(layers, int) else layers or None
     whole = saved_names(config)
+    named_whole = spec if isinstance(spec, list) else ()  # Hugging Face PEFT asks a path named in full for no block
     paths = [
         path
         for path in chosen
         if not matches(path, config.exclude_modules)
         and not _inside(path, whole)
-        and (layers is None or block_index(model, path, config.layers_pattern) in layers)
+        and (layers is None or path in named_whole or block_index(model, path, config.layers_pattern) in layers)
     ]
     if not paths:
         raise TargetError(_no_match(spec, candidates, config, bool(chosen)))

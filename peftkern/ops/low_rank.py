@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern.ops._draw import Draw
-from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, rows, tracked
+from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, requires_grad, rows, tracked
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
 
@@ -98,13 +98,13 @@ def low_rank(
     x = cast(x, autocast_dtype(x))
     if p > 0.0 and seed is None:
         seed = new_seed(x.device)
-    if bias is not None and bias.requires_grad and column_scale is not None:
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled() and column_scale is not None:
         y = low_rank(
             x, a, b, scale=scale, weight=weight, base_out=None if base_out is None else base_out - bias,
             column_scale=column_scale, rank_scale=rank_scale, update_scale=update_scale, p=p, seed=seed,
         )  # fmt: skip
         return y + bias.to(y.dtype)
-    if weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if weight is not None and torch.is_grad_enabled() and requires_grad(weight, bias):
         base_out, weight = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None
         bias = bias if column_scale is not None else None
     (r, k), n = a.shape, b.shape[0]
@@ -115,7 +115,7 @@ def low_rank(
             rank_scale=rank_scale, update_scale=update_scale, p=p, seed=seed,
         )  # fmt: skip
     if not tracked():
-        if weight is not None and column_scale is None and not _update_first(x, bias, backend):
+        if weight is not None and column_scale is None and not _update_first(x, backend):
             base_out, weight = F.linear(x, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)), None
         if base_out is not None and _writable(base_out, x):
             if x.numel():
@@ -180,7 +180,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, h and, when the gradient of column_scale will want it, x Wᵀ (else nothing: `base_out` is an input)."""
     x2, n = rows(x), b.shape[0]
-    if weight is not None and column_scale is None and _update_first(x2, bias, backend):
+    if weight is not None and column_scale is None and _update_first(x2, backend):
         y, shift = x.new_empty(x2.shape[0], n), None if bias is None else bias.detach().float().contiguous()
         operands = _operands(x, a, b, rank_scale, update_scale)
         h = kernel(backend, "low_rank").forward(x2, *operands, y, scale, p, seed, None, None, shift, True)
@@ -210,15 +210,13 @@ def _forward(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n), h, kept
 
 
-def _update_first(x: Tensor, bias: Tensor | None, backend: str) -> bool:
+def _update_first(x: Tensor, backend: str) -> bool:
     """Whether to write bias and update first and let the base's product accumulate onto them.
 
     On the CPU F.linear copies its bias into the output and accumulates as well, so that the update costs one pass over
-    y less. The kernels of bf16 without a bias do not accumulate, and are then faster than those that do.
+    y less. In half precision the sum would be rounded once more on its way.
     """
-    if backend != "cpu" or x.numel() <= 16 * x.shape[-1]:
-        return False
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and bias is not None)
+    return backend == "cpu" and x.dtype == torch.float32 and x.numel() > 16 * x.shape[-1]
 
 
 def _backward(
