@@ -1,0 +1,120 @@
+"""prefix_attention against what it replaces, what it keeps for backward, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftkern.memory import saved_bytes
+from peftkern.ops import prefix_attention
+
+from .conftest import device_of, skip_unless_runs
+
+Tensors = dict[str, Tensor]
+
+
+def drawn(backend: str, b: int, hq: int, hkv: int, s: int, length: int, t: int, d: int) -> Tensors:
+    torch.manual_seed(0)
+    shapes = {"q": (b, hq, s, d), "k": (b, hkv, length, d), "v": (b, hkv, length, d), "pk": (hkv, t, d)}
+    return {
+        name: torch.randn(shape, device=device_of(backend)) for name, shape in (shapes | {"pv": (hkv, t, d)}).items()
+    }
+
+
+def test_equals_attention_over_the_concatenation(backend: str) -> None:
+    skip_unless_runs("prefix_attention", backend)
+    case = drawn(backend, 2, 4, 4, 11, 11, 5, 16)
+    k, v = (torch.cat([case[p].expand(2, -1, -1, -1), case[x]], 2) for p, x in (("pk", "k"), ("pv", "v")))
+    seen = torch.ones(11, 16, dtype=torch.bool, device=k.device).tril(5)
+    want = F.scaled_dot_product_attention(case["q"], k, v, attn_mask=seen)
+    torch.testing.assert_close(prefix_attention(**case, causal=True), want)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_saves_nothing_of_queries_times_keys(causal: bool, backend: str) -> None:
+    """The inputs, the output and two numbers per query: neither scores nor keys behind a prefix per batch row."""
+    skip_unless_runs("prefix_attention", backend)
+    if backend == "reference":
+        pytest.skip("reference: plain autograd saves what it likes")
+    case = drawn(backend, 3, 4, 2, 33, 40, 9, 8)
+    leaves = {name: value.requires_grad_() for name, value in case.items()}
+    saved = saved_bytes(lambda: prefix_attention(**leaves, causal=causal), [leaves["pk"], leaves["pv"]])
+    inputs = sum(leaves[name].numel() for name in ("q", "k", "v"))
+    assert saved == 4 * (inputs + leaves["q"].numel() + 2 * 3 * 4 * 33)
+
+
+def test_decoding_is_the_last_row_of_the_full_pass(backend: str) -> None:
+    skip_unless_runs("prefix_attention", backend)
+    case = drawn(backend, 2, 4, 2, 21, 21, 5, 16)
+    full = prefix_attention(**case, causal=True)
+    for last in (1, 4):
+        step = prefix_attention(**case | {"q": case["q"][:, :, -last:]}, causal=True)
+        torch.testing.assert_close(step, full[:, :, -last:])
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_query_without_text_sees_the_prefix_alone(additive: bool, backend: str) -> None:
+    skip_unless_runs("prefix_attention", backend)
+    case = drawn(backend, 2, 2, 2, 7, 70, 4, 16)
+    mask = torch.ones(2, 1, 7, 70, dtype=torch.bool, device=case["q"].device)
+    mask[1, :, 2:5] = False
+    given = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf) if additive else mask
+    leaves = {name: value.requires_grad_() for name, value in case.items()}
+    out = prefix_attention(**leaves, mask=given)
+    alone = F.scaled_dot_product_attention(case["q"][1, :, 2:5], case["pk"], case["pv"])
+    torch.testing.assert_close(out[1, :, 2:5], alone)
+    dk, dv, dpk = torch.autograd.grad(out[1, :, 2:5].square().sum(), [leaves["k"], leaves["v"], leaves["pk"]])
+    assert not dk.any() and not dv.any() and dpk.isfinite().all() and dpk.any()
+
+
+def test_grouped_queries_equal_repeated_keys(backend: str) -> None:
+    skip_unless_runs("prefix_attention", backend)
+    case = drawn(backend, 2, 6, 2, 13, 13, 5, 16)
+    leaves = {name: value.requires_grad_() for name, value in case.items()}
+    repeated = {name: value if name == "q" else value.repeat_interleave(3, -3) for name, value in leaves.items()}
+    upstream = torch.randn_like(case["q"])
+    grouped, plain = (prefix_attention(**given, causal=True) for given in (leaves, repeated))
+    torch.testing.assert_close(grouped, plain)
+    for one, two in zip(
+        *(torch.autograd.grad(y, list(leaves.values()), upstream) for y in (grouped, plain)), strict=True
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_a_mask_may_lie_in_memory_as_it_likes(dtype: torch.dtype, backend: str) -> None:
+    skip_unless_runs("prefix_attention", backend)
+    case = drawn(backend, 2, 2, 2, 9, 9, 3, 16)
+    mask = (torch.rand(2, 1, 9, 9, device=case["q"].device) < 0.7).to(dtype)
+    want = prefix_attention(**case, mask=mask)
+    wide = mask.new_zeros(2, 1, 9, 18)
+    wide[..., ::2] = mask
+    for view in (mask.mT.contiguous().mT, wide[..., ::2]):
+        assert torch.equal(prefix_attention(**case, mask=view), want)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("q", (2, 4, 9)),
+        ("q", (2, 3, 9, 16)),
+        ("k", (2, 2, 8, 16)),
+        ("v", (1, 2, 9, 16)),
+        ("pk", (2, 5, 8)),
+        ("pv", (2, 6, 16)),
+    ],
+)
+def test_shapes_that_do_not_fit(name: str, shape: tuple[int, ...]) -> None:
+    case = drawn("reference", 2, 4, 2, 9, 9, 5, 16)
+    with pytest.raises(ValueError, match=r"want q \[B, Hq, S, D\]"):
+        prefix_attention(**case | {name: torch.ones(shape)})
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(9, 9), torch.ones(2, 3, 9, 9), torch.ones(2, 1, 9, 8), torch.ones(1, 1, 1, 9).int()]
+)
+def test_masks_that_do_not_fit(mask: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"want bool or floating \[2 or 1, 4 or 1, 9 or 1, 9\]"):
+        prefix_attention(**drawn("reference", 2, 4, 2, 9, 9, 5, 16), mask=mask)
