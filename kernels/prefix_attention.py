@@ -18,30 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Dropout, dot, dropout_args, keep_mask, precision, refuse_common, round_to, row_keys
-from ._device import Device, Source, launch, on_device, sources
+from ._attention import Tile, keys_kernel, tile, walk, walk_back
+from ._common import Dropout, dropout_args, precision, refuse_common, round_to, row_keys
+from ._device import Device, Source, device_of, launch, on_device, sources
 
 MAX_WIDTH = 256
-
-
-class Tile(NamedTuple):
-    """Queries and keys of a tile, and the launch options."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-# (pass, 16-bit products) -> width of a head up to which a row holds. Registers and spills are in the table of aot.py.
-_TILES: dict[tuple[str, bool], dict[int, Tile]] = {
-    ("forward", True): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-    ("forward", False): {64: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
-    ("queries", True): {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
-    ("queries", False): {64: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
-    ("keys", True): {64: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
-    ("keys", False): {64: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-}
 
 
 def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
@@ -52,93 +33,7 @@ def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
 
 
 def _tile(name: str, q: Tensor) -> Tile:
-    rows = _TILES[name, q.dtype != torch.float32]
-    return rows[min(limit for limit in rows if q.shape[3] <= limit)]
-
-
-@triton.jit
-def scores_tile(
-    q,
-    k_rows,
-    mask_rows,
-    offs_m,
-    offs_n,
-    offs_d,
-    S,
-    N,
-    D,
-    stride_kn,
-    scale,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """[BLOCK_M, BLOCK_N] f32 scores, -inf where a query does not see a key. MASK: 0 none, 1 bool, 2 additive."""
-    k_tile = k_rows + offs_n.to(tl.int64)[None, :] * stride_kn + offs_d[:, None]
-    k = tl.load(k_tile, mask=(offs_n < N)[None, :] & (offs_d < D)[:, None], other=0.0)
-    s = dot(q, k, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION) * scale
-    seen = (offs_n < N)[None, :] & (offs_m >= 0)[:, None]
-    if CAUSAL:
-        seen = seen & (offs_n[None, :] <= offs_m[:, None] + (N - S))
-    if MASK != 0:
-        inside = (offs_m < S)[:, None] & (offs_n < N)[None, :]
-        m = tl.load(mask_rows + offs_n[None, :], mask=inside, other=0)
-        if MASK == 1:
-            seen = seen & (m != 0)
-        else:
-            s += m
-    return tl.where(seen, s, float("-inf"))
-
-
-@triton.jit
-def walk(
-    q,
-    k_rows,
-    v_rows,
-    mask_rows,
-    acc,
-    top,
-    total,
-    key1,
-    key2,
-    offs_m,
-    offs_d,
-    S,
-    N,
-    D,
-    end,
-    first_column,
-    stride_kn,
-    stride_vn,
-    scale,
-    threshold,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Online softmax over keys [0, end) of one part: (sum of weighted values, highest score, sum of weights)."""
-    for start in range(0, end, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        s = scores_tile(
-            q, k_rows, mask_rows, offs_m, offs_n, offs_d, S, N, D, stride_kn, scale, CAUSAL, MASK, PRECISION, BLOCK_M,
-            BLOCK_N,
-        )  # fmt: skip
-        v_tile = v_rows + offs_n.to(tl.int64)[:, None] * stride_vn + offs_d[None, :]
-        v = tl.load(v_tile, mask=(offs_n < N)[:, None] & (offs_d < D)[None, :], other=0.0)
-        higher = tl.maximum(top, tl.max(s, 1))
-        fade = tl.exp(top - higher)
-        p = tl.exp(s - higher[:, None])
-        total = total * fade + tl.sum(p, 1)
-        if DROPOUT:
-            p = tl.where(keep_mask(key1, key2, first_column + offs_n, threshold), p, 0.0)
-        acc = dot(p, v, acc * fade[:, None], PRECISION)
-        top = higher
-    return acc, top, total
+    return tile(name, q.dtype != torch.float32, q.shape[3], device_of(q).arch)
 
 
 @triton.jit(do_not_specialize=["S", "L", "T", "threshold"])
@@ -226,68 +121,6 @@ def forward_kernel(
     # Apart: exp(score - log-sum-exp) would lose the digits that the score has before the point.
     tl.store(top_ptr + row, top, mask=offs_m < S)
     tl.store(sum_ptr + row, total, mask=offs_m < S)
-
-
-@triton.jit
-def weights_and_slopes(s, top, inv_sum, dp, delta, key1, key2, columns, inv_keep, threshold, DROPOUT: tl.constexpr):
-    """(what the values were multiplied with, gradient of the scores) from scores and gradient of the weights."""
-    p = tl.exp(s - top[:, None]) * inv_sum[:, None]
-    dropped = p
-    if DROPOUT:
-        keep = keep_mask(key1, key2, columns, threshold)
-        dropped = tl.where(keep, p * inv_keep, 0.0)
-        dp = tl.where(keep, dp * inv_keep, 0.0)
-    return dropped, p * (dp - delta[:, None])
-
-
-@triton.jit
-def walk_back(
-    q,
-    dout,
-    dq,
-    top,
-    inv_sum,
-    delta,
-    k_rows,
-    v_rows,
-    mask_rows,
-    key1,
-    key2,
-    offs_m,
-    offs_d,
-    S,
-    N,
-    D,
-    end,
-    first_column,
-    stride_kn,
-    stride_vn,
-    scale,
-    inv_keep,
-    threshold,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """dq plus what keys [0, end) of one part give, without the scale."""
-    for start in range(0, end, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        s = scores_tile(
-            q, k_rows, mask_rows, offs_m, offs_n, offs_d, S, N, D, stride_kn, scale, CAUSAL, MASK, PRECISION, BLOCK_M,
-            BLOCK_N,
-        )  # fmt: skip
-        inside = (offs_n < N)[:, None] & (offs_d < D)[None, :]
-        v = tl.load(v_rows + offs_n.to(tl.int64)[:, None] * stride_vn + offs_d[None, :], mask=inside, other=0.0)
-        k = tl.load(k_rows + offs_n.to(tl.int64)[:, None] * stride_kn + offs_d[None, :], mask=inside, other=0.0)
-        dp = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-        _, ds = weights_and_slopes(
-            s, top, inv_sum, dp, delta, key1, key2, first_column + offs_n, inv_keep, threshold, DROPOUT
-        )
-        dq = dot(ds, k, dq, PRECISION)
-    return dq
 
 
 @triton.jit(do_not_specialize=["S", "L", "T", "threshold"])
@@ -383,102 +216,6 @@ def queries_kernel(
         CAUSAL, MASK, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     tl.store(dq_ptr + row[:, None] * D + offs_d[None, :], round_to(dq * scale, dq_ptr.dtype.element_ty), mask=mask_md)
-
-
-@triton.jit(do_not_specialize=["S", "N", "first_column", "threshold"])
-def keys_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,
-    top_ptr,
-    sum_ptr,
-    delta_ptr,
-    dout_ptr,
-    dk_ptr,
-    dv_ptr,
-    seed_ptr,
-    Hq,
-    GROUP,
-    S,
-    N,
-    D,
-    first_column,
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_mb,
-    stride_mh,
-    stride_ms,
-    stride_dob,
-    stride_doh,
-    stride_dos,
-    scale,
-    inv_keep,
-    threshold,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """dk and dv [B, Hkv, N, D], contiguous, of one block of keys: summed over the heads of the group, in order."""
-    n0 = tl.program_id(0) * BLOCK_N
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    heads = Hq // GROUP
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    kvh = (tl.program_id(1) % heads).to(tl.int64)
-    inside = (offs_n < N)[:, None] & (offs_d < D)[None, :]
-    k_rows = k_ptr + b * stride_kb + kvh * stride_kh
-    v_tile = v_ptr + b * stride_vb + kvh * stride_vh + offs_n.to(tl.int64)[:, None] * stride_vn + offs_d[None, :]
-    v = tl.load(v_tile, mask=inside, other=0.0)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    first = 0
-    if CAUSAL:
-        first = max(0, n0 - (N - S)) // BLOCK_M * BLOCK_M
-    for g in range(GROUP):
-        h = kvh * GROUP + g
-        for start in range(first, S, BLOCK_M):
-            offs_m = start + tl.arange(0, BLOCK_M)
-            rows = offs_m.to(tl.int64)[:, None]
-            row = (b * Hq + h) * S + offs_m
-            mask_md = (offs_m < S)[:, None] & (offs_d < D)[None, :]
-            q_tile = q_ptr + b * stride_qb + h * stride_qh + rows * stride_qs + offs_d[None, :]
-            q = tl.load(q_tile, mask=mask_md, other=0.0)
-            dout_tile = dout_ptr + b * stride_dob + h * stride_doh + rows * stride_dos + offs_d[None, :]
-            dout = tl.load(dout_tile, mask=mask_md, other=0.0)
-            top = tl.load(top_ptr + row, mask=offs_m < S, other=float("inf"))
-            inv_sum = 1.0 / tl.load(sum_ptr + row, mask=offs_m < S, other=1.0)
-            delta = tl.load(delta_ptr + row, mask=offs_m < S, other=0.0)
-            mask_rows = mask_ptr
-            if MASK != 0:
-                mask_rows = mask_ptr + b * stride_mb + h * stride_mh + rows * stride_ms
-            s = scores_tile(
-                q, k_rows, mask_rows, offs_m, offs_n, offs_d, S, N, D, stride_kn, scale, CAUSAL, MASK, PRECISION,
-                BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-            key1, key2 = offs_m, offs_m
-            if DROPOUT:
-                key1, key2 = row_keys(seed_ptr, row)
-            dp = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-            dropped, ds = weights_and_slopes(
-                s, top, inv_sum, dp, delta, key1, key2, first_column + offs_n, inv_keep, threshold, DROPOUT
-            )
-            dv = dot(tl.trans(dropped), dout, dv, PRECISION)
-            dk = dot(tl.trans(ds), q, dk, PRECISION)
-    at = ((b * heads + kvh) * N + offs_n)[:, None] * D + offs_d[None, :]
-    tl.store(dk_ptr + at, round_to(dk * scale, dk_ptr.dtype.element_ty), mask=inside)
-    tl.store(dv_ptr + at, round_to(dv, dv_ptr.dtype.element_ty), mask=inside)
 
 
 class _Mask(NamedTuple):
@@ -601,13 +338,14 @@ def aot_sources(device: Device) -> Iterator[Source]:
 
 
 def _aot_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    f32, bf16 = torch.float32, torch.bfloat16
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     cases = [
         (8, 32, 8, 1024, 1024, 20, 128, bf16, "causal", 0.0),
         (8, 12, 12, 512, 512, 20, 64, bf16, "bool", 0.1),
         (8, 16, 16, 1024, 1024, 30, 64, bf16, "causal", 0.0),
         (2, 8, 4, 512, 512, 20, 256, bf16, "causal", 0.0),
-        (2, 8, 8, 128, 128, 20, 64, f32, "bool", 0.0),
+        (4, 16, 16, 512, 512, 20, 128, f16, "bool", 0.1),
+        (2, 8, 8, 128, 128, 20, 64, f32, "bool", 0.1),
         (2, 8, 8, 128, 128, 20, 128, f32, "causal", 0.0),
         (1, 4, 2, 33, 35, 5, 40, bf16, "float", 0.0),
     ]
