@@ -90,12 +90,18 @@ PEFTKERN_INLINE void sum_tile(const WeightNorm& op, const float* lanes, const Pa
   for (int i = 0; i < kNormRows; ++i) {
     const int64_t row = i < rows ? i : rows - 1;
     pointers[i] = lanes + row * down.depth;
-    const T* wide = op.wide.as<const T>() + (m + row) * op.wide.row;
-    __builtin_prefetch(wide + c0 + 4 * kPanel, 0, 2);
+    __builtin_prefetch(op.wide.as<const T>() + (m + row) * op.wide.row + c0 + 4 * kPanel, 0, 2);
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVecs; ++v) acc[i][v] = load_columns(wide, c0 + v * kLanes, op.q);
+    for (int v = 0; v < kTileVecs; ++v) acc[i][v] = vf{};
   }
   tile<float, kNormRows>(pointers, 1, Packed<float>{down.at(panel), kPanel}, down.depth, acc);
+  // Last: every one of many small terms added to a large weight would be rounded at the weight's size.
+#pragma GCC unroll 8
+  for (int i = 0; i < kNormRows; ++i) {
+    const T* wide = op.wide.as<const T>() + (m + (i < rows ? i : rows - 1)) * op.wide.row;
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVecs; ++v) acc[i][v] += load_columns(wide, c0 + v * kLanes, op.q);
+  }
 }
 
 // A tile of rows: lanes are scale * up [rows, depth].

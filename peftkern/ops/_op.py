@@ -29,6 +29,7 @@ class Op:
     leading dimension of the first one, the batch. compiled: ids of the samples that torch.compile is tested on.
     draw: a random case, contiguous, for the property test, which lays tensors out anew (where tensors are stride-0
     views, so that their values repeat); without it that test varies the layout of `samples` alone.
+    factor: how many times PyTorch's own error in the same dtype the op may err; more than twice wants a reason.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Op:
     rows: tuple[str, ...] = ("x",)
     compiled: tuple[str, ...] = ()
     draw: Callable[[Draw], Kwargs] | None = None
+    factor: float = 2.0
 
 
 def every() -> list[Op]:

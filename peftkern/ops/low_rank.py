@@ -142,10 +142,13 @@ def _folded(b: Tensor, rank_scale: Tensor | None, update_scale: Tensor | None) -
 
 
 def _operands(
-    x: Tensor, a: Tensor, b: Tensor, rank_scale: Tensor | None, update_scale: Tensor | None
+    x: Tensor, a: Tensor, b: Tensor, rank_scale: Tensor | None, update_scale: Tensor | None, widen: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """a and b as the kernels take them, the scales folded into b without a rounding that x's dtype would not make."""
-    if rank_scale is not None or update_scale is not None:
+    """a and b as the kernels take them, the scales folded into b without a rounding that x's dtype would not make.
+
+    widen: another scale is going to be.
+    """
+    if widen or rank_scale is not None or update_scale is not None:
         compute = torch.promote_types(x.dtype, b.dtype)
         a, b = a.to(compute), _folded(b.to(compute), rank_scale, update_scale)
     return a.contiguous(), b.contiguous()
@@ -259,7 +262,7 @@ def _backward(
         )
     base2 = rows(base) if need_c and base is not None else None
     dc = dy2.new_zeros(b.shape[0], dtype=torch.float32) if need_c else None
-    wide_a, folded = _operands(x, a, b, rank_scale, update_scale)
+    wide_a, folded = _operands(x, a, b, rank_scale, update_scale, c is not None)
     scaled = folded if c is None else (folded * c.to(folded.dtype)[:, None]).contiguous()
     da, db = kernel(backend, "low_rank").backward(
         dy2, x2, wide_a, scaled, h, dx, scale, p, seed, need_a, need_b or need_c or need_d or need_e,

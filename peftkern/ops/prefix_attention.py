@@ -279,4 +279,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
 OP = Op(
     "prefix_attention", prefix_attention, reference, samples,
     frozen=("mask",), rows=("q", "k", "v", "mask"), compiled=("grouped", "right-padded", "dropout"),
+    # Backward takes Σ p dp as dout · out, in one pass, as flash attention does: with few keys it does not cancel as
+    # exactly as the softmax that keeps all probabilities. Seen in f32: up to 2.8 times PyTorch's error.
+    factor=3.0,
 )  # fmt: skip

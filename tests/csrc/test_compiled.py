@@ -109,7 +109,7 @@ def test_every_op_matches_float64_on_every_instruction_set(isa: str, op: Op, t: 
             floating = [k for k, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()]
             grads = [key for key in floating if key not in op.frozen] if dispatch.load("cpu", op.name).trains else []  # type: ignore[union-attr]
             try:
-                assert_as_good_as_torch(op.reference, op.run, kwargs, grads=grads)
+                assert_as_good_as_torch(op.reference, op.run, kwargs, grads=grads, factor=op.factor)
             except AssertionError as error:
                 raise AssertionError(f"{op.name}, {isa}, case {name}: {error}") from error
 

@@ -32,7 +32,7 @@ def test_matches_float64(op: Op, backend: str, dtype: torch.dtype) -> None:
     skip_unless_runs(op.name, backend, dtype)
     for name, kwargs in samples(op, backend, dtype):
         try:
-            assert_as_good_as_torch(op.reference, op.run, kwargs, grads=trainable(op, kwargs))
+            assert_as_good_as_torch(op.reference, op.run, kwargs, grads=trainable(op, kwargs), factor=op.factor)
         except AssertionError as error:
             raise AssertionError(f"{op.name} on {backend}, case {name}: {error}") from error
 

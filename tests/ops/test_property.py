@@ -50,6 +50,7 @@ def test_any_case_is_as_good_as_torch(op: Op, backend: str) -> None:
         graph = random.randrange(4) > 0
         note(f"{described(kwargs)}, {graph=}")
         with torch.set_grad_enabled(graph):
-            assert_as_good_as_torch(op.reference, op.run, kwargs, grads=trainable(op, kwargs) if graph else ())
+            grads = trainable(op, kwargs) if graph else ()
+            assert_as_good_as_torch(op.reference, op.run, kwargs, grads=grads, factor=op.factor)
 
     search()

@@ -83,7 +83,11 @@ def test_one_and_two_threads_give_the_same_bits(op: Op, dtype: torch.dtype) -> N
         for name, kwargs in samples(op, "cpu", dtype):
             alone = {k: v for k, v in kwargs.items() if k not in OF_PYTORCH or k in op.rows}
             for case in (alone, kwargs, with_rows(op, alone, ROWS)):
-                want, ours = results(op, case, 1)
+                try:
+                    want, ours = results(op, case, 1)
+                except ValueError:  # of some samples another argument has as many rows, and was not repeated
+                    assert case is not alone and case is not kwargs
+                    continue
                 compared |= ours
                 got, _ = results(op, case, 2)
                 for key, value in want.items():
