@@ -111,7 +111,7 @@ void expand_tile(const Lane* small, int64_t lds, int64_t rows, const PanelPack<L
     const int64_t m = i < rows ? i : rows - 1;
     pointers[i] = small + m * lds;
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVecs; ++v) acc[i][v] = to.first(c0 + v * kLanes);
+    for (int v = 0; v < kTileVecs; ++v) acc[i][v] = vf{};
   }
   tile<Lane, ROWS>(pointers, 1, Packed<Lane>{w.at(panel), kPanel}, w.depth, acc);
 #pragma GCC unroll 8
@@ -120,9 +120,9 @@ void expand_tile(const Lane* small, int64_t lds, int64_t rows, const PanelPack<L
 #pragma GCC unroll 8
     for (int v = 0; v < kTileVecs; ++v) {
       const int64_t c = c0 + v * kLanes;
-      vf value = acc[i][v];
+      // Bias and base last: every one of many small terms added to a large one would be rounded at its size.
+      vf value = acc[i][v] + to.first(c);
       if constexpr (MASKED) value = keep(value, lane_bits(to.bits + i * to.ldb, c - to.mask_c0));
-      // Last: every one of many small terms added to a large base would be rounded at the base's size.
       if (to.base) value += load_columns(to.base + i * to.ldbase, c, cols);
       store_columns(to.out + i * to.ldo, to.last(value, c), c, cols);
     }
@@ -158,13 +158,7 @@ void expand_still(const Lane* small, int64_t rows, const PanelPack<Lane>& w, int
   for (int64_t m = 0; m < rows; ++m, small += DEPTH, out += to.ldo) {
     prefetch_tile(to.rows_from(m + kAhead < rows ? m + kAhead : m + kAhead - rows), 1,
                   m + kAhead < rows ? c0 : c0 + kPanel);
-    vf acc[kTileVecs];
-#pragma GCC unroll 8
-    for (int v = 0; v < kTileVecs; ++v) {
-      acc[v] = bias[v];
-      if constexpr (!MASKED)
-        if (base) acc[v] += load(base + v * kLanes);
-    }
+    vf acc[kTileVecs] = {};
 #pragma GCC unroll 8
     for (int t = 0; t < DEPTH; ++t) {
       const vf s = splat_lane(small + t);
@@ -173,10 +167,9 @@ void expand_still(const Lane* small, int64_t rows, const PanelPack<Lane>& w, int
     }
 #pragma GCC unroll 8
     for (int v = 0; v < kTileVecs; ++v) {
-      if constexpr (MASKED) {
-        acc[v] = keep(acc[v], lane_bits(bits, c0 - to.mask_c0 + v * kLanes));
-        if (base) acc[v] += load(base + v * kLanes);
-      }
+      acc[v] += bias[v];
+      if constexpr (MASKED) acc[v] = keep(acc[v], lane_bits(bits, c0 - to.mask_c0 + v * kLanes));
+      if (base) acc[v] += load(base + v * kLanes);
       store(out + v * kLanes, to.last(acc[v], c0 + v * kLanes));
     }
     if (base) base += to.ldbase;

@@ -272,7 +272,7 @@ void expand_rows(const MultiLowRank& op, const Adapter& adapter, const int64_t* 
     y[i] = op.y.as<T>() + rows[i] * op.y.row;
     h[i] = op.h.as<float>() + rows[i] * op.most;
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVecs; ++v) acc[i][v] = load_columns(y[i], n0 + v * kLanes, op.n);
+    for (int v = 0; v < kTileVecs; ++v) acc[i][v] = vf{};
   }
   for (int64_t t = 0; t < adapter.r; ++t, panel += kPanel) {
     vf w[kTileVecs];
@@ -288,7 +288,8 @@ void expand_rows(const MultiLowRank& op, const Adapter& adapter, const int64_t* 
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVecs; ++v) store_columns(y[i], acc[i][v], n0 + v * kLanes, op.n);
+    for (int v = 0; v < kTileVecs; ++v)
+      store_columns(y[i], load_columns(y[i], n0 + v * kLanes, op.n) + acc[i][v], n0 + v * kLanes, op.n);
 }
 
 template <class T, class P>
