@@ -36,7 +36,8 @@ def test_forward(peft, tmp_path, case: str) -> None:
     inputs = batch(name)
     plain = tensors(ours(**inputs))
     got = tensors(ours(**inputs, adapter_names=NAMES))
-    assert_same(got, tensors(theirs(**inputs, adapter_names=NAMES)))
+    # f32 through three layers, whose updates are summed in another order than PEFT's: 16 eps of the largest logit.
+    assert_same(got, tensors(theirs(**inputs, adapter_names=NAMES)), atol=2e-6)
     assert_same(tensors(ours(**inputs)), plain)
     assert not all(torch.allclose(got[key], plain[key]) for key in got)
 
