@@ -16,7 +16,7 @@ PIP     := PIP_CONSTRAINT=$(abspath $(VENV))/constraints.txt $(BIN)/python -m pi
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test bench readme-figures lint types format wheel aot aot-check cuda clean
+.PHONY: demo test test-triton bench readme-figures lint types format wheel aot aot-check cuda clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -44,10 +44,14 @@ $(VENV)/.dev: $(VENV)/.package $(VENV)/.backbone
 demo: $(VENV)/.package $(VENV)/.backbone
 	$(OFFLINE) $(BIN)/peftkern demo --out "$(OUT)" $(if $(DATA),--data "$(DATA)") $(if $(TEXT),--text "$(TEXT)")
 
-# Twice: the second process runs the Triton kernels of the same op tests through Triton's interpreter. ARGS may select none of them.
+# Twice: the second process runs the Triton kernels through the interpreter, on the tests that hold for every op; the whole of tests/ops takes it over
+# half an hour (make test-triton). ARGS may select none of them.
 test: $(VENV)/.dev
 	$(OFFLINE) $(BIN)/python -m pytest $(ARGS)
-	$(OFFLINE) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]
+	$(OFFLINE) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_all_ops.py $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]
+
+test-triton: $(VENV)/.dev
+	$(OFFLINE) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops $(ARGS)
 
 # The quick cases under pytest-benchmark, then the whole benchmark on the CPU: its files land in bench/results/cpu. On a GPU:
 # make bench ARGS="--device cuda". `make readme-figures` then writes README's tables from what lies in bench/results.
