@@ -109,6 +109,15 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{path}.{attribute}" if path else attribute, parameter
 
 
+def biases(model: nn.Module, which: str, adapted: Iterable[str]) -> list[str]:
+    """Names of the model's own biases: of no module ("none"), of every one ("all"), or else of the adapted ones."""
+    if which == "none":
+        return []
+    paths = set(adapted)
+    found = [name for name, _ in named_parameters(model) if name.split(".")[-1] == "bias"]
+    return [name for name in found if which == "all" or name.rpartition(".")[0] in paths]
+
+
 def _walk(module: nn.Module, path: str, seen: set[int] | None) -> Iterator[tuple[str, nn.Module]]:
     if hasattr(type(module), "merged_weights"):
         module = module.base_layer  # type: ignore[assignment]

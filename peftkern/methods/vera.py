@@ -102,11 +102,7 @@ class VeRA(LayerAdapter):
     @classmethod
     def select(cls, model: nn.Module, config: VeraConfig) -> list[str]:
         """The backbone's own biases that train with it: all, or those of adapted modules."""
-        if config.bias == "none":
-            return []
-        biases = [name for name, _ in targets.named_parameters(model) if name.split(".")[-1] == "bias"]
-        paths = {site.path for site in cls.sites(model, config)}
-        return [name for name in biases if config.bias == "all" or name.rpartition(".")[0] in paths]
+        return targets.biases(model, config.bias, (site.path for site in cls.sites(model, config)))
 
     def forward(self, base: BaseLayer, x: Tensor) -> Tensor:  # type: ignore[override]
         """Fused with the base's own product where that is a plain linear map, onto its output elsewhere."""
