@@ -77,21 +77,43 @@ def autograd(
     op_backward.register_fake(backward_fake)
     op.register_autograd(functools.partial(gradients, op_backward), setup_context=setup_context)
 
-    function = _function(name, forward, backward, setup_context, gradients)
+    function = (_function_of_lists if "Tensor[]" in schema else _function)(forward, backward, setup_context, gradients)
+    function.__name__ = function.__qualname__ = name
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*args)
-        if torch.is_grad_enabled() and requires_grad(*args):
-            lengths = tuple(len(arg) if _is_tensors(arg) else None for arg in args) if "Tensor[]" in schema else None
-            return function.apply(lengths, *(args if lengths is None else _flat(args, lengths)))  # type: ignore[no-untyped-call]
-        return forward(*args)
+        if not torch.is_grad_enabled() or not requires_grad(*args):
+            return forward(*args)
+        if "Tensor[]" not in schema:
+            return function.apply(*args)  # type: ignore[no-untyped-call]
+        lengths = tuple(len(arg) if _is_tensors(arg) else None for arg in args)
+        return function.apply(lengths, *_flat(args, lengths))  # type: ignore[no-untyped-call]
 
     return call
 
 
 def _function(
-    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    gradients: Callable[..., Any],
+) -> type[torch.autograd.Function]:
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = forward(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return gradients(backward, ctx, *grads)
+
+    return Function
+
+
+def _function_of_lists(
     forward: Callable[..., Any],
     backward: Callable[..., Any],
     setup_context: Callable[..., None],
@@ -101,26 +123,25 @@ def _function(
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, lengths: tuple[int | None, ...] | None, *flat: Any) -> Any:
-            args = flat if lengths is None else _nested(flat, lengths)
+        def forward(ctx: Any, lengths: tuple[int | None, ...], *flat: Any) -> Any:
+            args = _nested(flat, lengths)
             output = forward(*args)
             ctx.lengths, needs = lengths, ctx.needs_input_grad
-            ctx.needs_input_grad = needs[1:] if lengths is None else _nested(needs[1:], lengths)
+            ctx.needs_input_grad = _nested(needs[1:], lengths)
             setup_context(ctx, args, output)
             ctx.needs_input_grad = needs
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            lengths, needs = ctx.lengths, ctx.needs_input_grad
-            ctx.needs_input_grad = needs[1:] if lengths is None else _nested(needs[1:], lengths)
+            needs = ctx.needs_input_grad
+            ctx.needs_input_grad = _nested(needs[1:], ctx.lengths)
             try:
                 found = gradients(backward, ctx, *grads)
             finally:
                 ctx.needs_input_grad = needs
-            return (None, *(found if lengths is None else _flat(found, lengths)))
+            return (None, *_flat(found, ctx.lengths))
 
-    Function.__name__ = Function.__qualname__ = name
     return Function
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peftkern.errors import near
 from peftkern.ops._draw import Draw
-from peftkern.ops._op import Op, autocast_dtype, autograd, choose, kernel, rows
+from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, rows
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -80,7 +80,7 @@ def bottleneck(
     _check(x, down, up, down_bias, up_bias, residual, activation)
     check_probability(p)
     own = residual is x and norm_weight is None
-    x = x.to(autocast_dtype(x))
+    x = cast(x, autocast_dtype(x))
     if p > 0.0 and seed is None:
         seed = new_seed(x.device)
     backend = choose("bottleneck", x, down, M=math.prod(x.shape[:-1]), K=down.shape[1], N=up.shape[0], R=down.shape[0])
@@ -136,7 +136,7 @@ def _forward(
         up.contiguous(), None if up_bias is None else up_bias.contiguous(),
         None if r2 is None else r2.contiguous(), activation, scale, p, seed,
     )  # fmt: skip
-    return y.view(shape), pre
+    return y if x.dim() == 2 else y.view(shape), pre
 
 
 def _backward(
@@ -163,11 +163,11 @@ def _backward(
         dy2, x2, pre, down.contiguous(), up.contiguous(), activation, scale, p, seed, own, need_x
     )
     return (
-        dx.view(x.shape) if need_x else x.new_empty(0),
-        d_down.to(down.dtype),
-        d_down_bias.to(down.dtype),
-        d_up.to(up.dtype),
-        d_up_bias.to(up.dtype),
+        dx if x.dim() == 2 or not need_x else dx.view(x.shape),
+        cast(d_down, down.dtype),
+        cast(d_down_bias, down.dtype),
+        cast(d_up, up.dtype),
+        cast(d_up_bias, up.dtype),
     )
 
 
@@ -208,9 +208,9 @@ def _gradients(backward: Any, ctx: Any, dy: Tensor | None, _dpre: Tensor | None)
     grads = (
         dx,
         d_down,
-        d_down_bias.to(ctx.bias_dtypes[0]) if need[2] else None,
+        cast(d_down_bias, ctx.bias_dtypes[0]) if need[2] else None,
         d_up,
-        d_up_bias.to(ctx.bias_dtypes[1]) if need[4] else None,
+        cast(d_up_bias, ctx.bias_dtypes[1]) if need[4] else None,
         dy,
     )
     return tuple(grad if needed else None for grad, needed in zip(grads, need, strict=False)) + (None,) * 6
@@ -240,15 +240,17 @@ def _check(
     residual: Tensor | None,
     activation: str,
 ) -> None:
-    shapes = f"x {tuple(x.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)}"
-    if down.dim() != 2 or up.dim() != 2 or x.dim() < 1 or x.shape[-1] != down.shape[1] or down.shape[0] != up.shape[1]:
+    wide, narrow, back = x.shape, down.shape, up.shape
+    if len(narrow) != 2 or len(back) != 2 or len(wide) < 1 or wide[-1] != narrow[1] or narrow[0] != back[1]:
+        shapes = f"x {tuple(wide)}, down {tuple(narrow)}, up {tuple(back)}"
         raise ValueError(f"{shapes}: want x [..., K], down [R, K], up [N, R]")
-    if down_bias is not None and down_bias.shape != down.shape[:1]:
-        raise ValueError(f"down_bias {tuple(down_bias.shape)}: want [R] = {tuple(down.shape[:1])}")
-    if up_bias is not None and up_bias.shape != up.shape[:1]:
-        raise ValueError(f"up_bias {tuple(up_bias.shape)}: want [N] = {tuple(up.shape[:1])}")
-    if residual is not None and residual.shape != (*x.shape[:-1], up.shape[0]):
-        raise ValueError(f"residual {tuple(residual.shape)}: want [..., N] = {(*x.shape[:-1], up.shape[0])}")
+    r, n = narrow[0], back[0]
+    if down_bias is not None and down_bias.shape != (r,):
+        raise ValueError(f"down_bias {tuple(down_bias.shape)}: want [R] = {(r,)}")
+    if up_bias is not None and up_bias.shape != (n,):
+        raise ValueError(f"up_bias {tuple(up_bias.shape)}: want [N] = {(n,)}")
+    if residual is not None and residual.shape != (*wide[:-1], n):
+        raise ValueError(f"residual {tuple(residual.shape)}: want [..., N] = {(*wide[:-1], n)}")
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation {activation!r}{near(activation, ACTIVATIONS)}: want one of {', '.join(ACTIVATIONS)}"

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkern import dispatch
 from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, requires_grad, rows, tracked
+from peftkern.ops._scales import epilogue, operands, unfolded
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
 
@@ -108,8 +110,11 @@ def low_rank(
         base_out, weight = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None
         bias = bias if column_scale is not None else None
     (r, k), n = a.shape, b.shape[0]
-    backend = choose("low_rank", x, a, M=math.prod(x.shape[:-1]), K=k, N=n, R=r)
+    plain = _is_plain(x, a, b, column_scale, rank_scale, update_scale, p)
+    backend = choose("low_rank", x, a, M=math.prod(x.shape[:-1]), K=k, N=n, R=r, plain=plain)
     if backend == "reference" or r == 0 or k == 0 or n == 0:
+        if plain and r > 0 and k > 0:
+            return _three_products(x, a, b, scale, weight, bias, base_out)
         return reference(
             x, a, b, scale=scale, weight=weight, bias=bias, base_out=base_out, column_scale=column_scale,
             rank_scale=rank_scale, update_scale=update_scale, p=p, seed=seed,
@@ -120,8 +125,8 @@ def low_rank(
         if base_out is not None and _writable(base_out, x):
             if x.numel():
                 kernel(backend, "low_rank").forward(
-                    rows(x), *_operands(x, a, b, rank_scale, update_scale), rows(base_out),
-                    scale, p, seed, None, *_epilogue(column_scale, bias, True),
+                    rows(x), *operands(x, a, b, rank_scale, update_scale), rows(base_out),
+                    scale, p, seed, None, *epilogue(column_scale, bias, True),
                 )  # fmt: skip
             return base_out
     keep = column_scale is not None and column_scale.requires_grad and torch.is_grad_enabled()
@@ -130,39 +135,56 @@ def low_rank(
     return out
 
 
+def _is_plain(
+    x: Tensor, a: Tensor, b: Tensor, c: Tensor | None, d: Tensor | None, e: Tensor | None, p: float
+) -> bool:
+    return p == 0.0 and c is None and d is None and e is None and x.dtype == a.dtype == b.dtype
+
+
+def _three_products(
+    x: Tensor, a: Tensor, b: Tensor, scale: float, weight: Tensor | None, bias: Tensor | None, base_out: Tensor | None
+) -> Tensor:
+    """base + s · (x Aᵀ) Bᵀ as PyTorch has it, for sizes where a kernel of our own costs more to call than it saves."""
+    x2, n = rows(x), b.shape[0]
+    hidden = F.linear(x2, a)
+    if weight is not None:
+        base_out = F.linear(x2, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype))
+    if base_out is None:
+        y = scale * F.linear(hidden, b)
+    elif base_out.dtype == x.dtype:
+        y = torch.addmm(base_out.reshape(-1, n), hidden, b.T, alpha=scale)
+    else:
+        y = base_out.reshape(-1, n) + (scale * F.linear(hidden, b)).to(base_out.dtype)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+
+
+def _sizes(
+    x: Tensor, a: Tensor, b: Tensor, *, column_scale: Tensor | None = None, rank_scale: Tensor | None = None,
+    update_scale: Tensor | None = None, p: float = 0.0, **_: Any,
+) -> dict[str, int]:  # fmt: skip
+    plain = _is_plain(x, a, b, column_scale, rank_scale, update_scale, p)
+    return {"M": math.prod(x.shape[:-1]), "K": a.shape[1], "N": b.shape[0], "R": a.shape[0], "plain": plain}
+
+
+_WORTH_A_CALL = {torch.float32: 1 << 16, torch.bfloat16: 1 << 10, torch.float16: 1 << 10}
+"""M · (K + N) from which the cpu backend is not slower than three products, forward and backward together, where they
+are all that PyTorch needs: bench/overhead.py, 2 threads of an AMD EPYC."""
+
+
+def _call_costs_more(
+    backend: str, dtype: torch.dtype, *, M: int, K: int = 0, N: int = 0, R: int = 0, plain: int = False
+) -> str | None:
+    least = _WORTH_A_CALL[dtype]
+    if backend == "cpu" and plain and M * (K + N) < least:
+        return f"{M} x ({K} + {N}) elements, no dropout: below {least} torch's products are faster than the call"
+    return None
+
+
+dispatch.limit("low_rank", _sizes, _call_costs_more)
+
+
 def _writable(base_out: Tensor, x: Tensor) -> bool:
     return base_out.is_contiguous() and base_out.dtype == x.dtype and not base_out.requires_grad
-
-
-def _folded(b: Tensor, rank_scale: Tensor | None, update_scale: Tensor | None) -> Tensor:
-    """e ⊙ b ⊙ d in b's dtype, b itself where there are no such scales."""
-    out = b if rank_scale is None else b * rank_scale
-    out = out if update_scale is None else out * update_scale[:, None]
-    return out.to(b.dtype).contiguous()
-
-
-def _operands(
-    x: Tensor, a: Tensor, b: Tensor, rank_scale: Tensor | None, update_scale: Tensor | None, widen: bool = False
-) -> tuple[Tensor, Tensor]:
-    """a and b as the kernels take them, the scales folded into b without a rounding that x's dtype would not make.
-
-    widen: another scale is going to be.
-    """
-    if widen or rank_scale is not None or update_scale is not None:
-        compute = torch.promote_types(x.dtype, b.dtype)
-        a, b = a.to(compute), _folded(b.to(compute), rank_scale, update_scale)
-    return a.contiguous(), b.contiguous()
-
-
-def _epilogue(column_scale: Tensor | None, bias: Tensor | None, in_base: bool) -> tuple[Tensor | None, Tensor | None]:
-    """c and shift, f32 [N], of y = c ⊙ (base + update) + shift; `in_base`: base holds the bias, which is not scaled."""
-    if column_scale is None:
-        return None, None
-    c = column_scale.detach().float().contiguous()
-    if bias is None:
-        return c, None
-    shift = bias.detach().float().contiguous()
-    return c, (1.0 - c) * shift if in_base else shift
 
 
 def _forward(
@@ -185,8 +207,8 @@ def _forward(
     x2, n = rows(x), b.shape[0]
     if weight is not None and column_scale is None and _update_first(x2, backend):
         y, shift = x.new_empty(x2.shape[0], n), None if bias is None else bias.detach().float().contiguous()
-        operands = _operands(x, a, b, rank_scale, update_scale)
-        h = kernel(backend, "low_rank").forward(x2, *operands, y, scale, p, seed, None, None, shift, True)
+        small = operands(x, a, b, rank_scale, update_scale)
+        h = kernel(backend, "low_rank").forward(x2, *small, y, scale, p, seed, None, None, shift, True)
         y.addmm_(x2, cast(weight, x.dtype).T)
         return y.view(*x.shape[:-1], n), h, x.new_empty(0)
     base: Tensor | None = None
@@ -206,8 +228,8 @@ def _forward(
         h = x.new_empty(0, a.shape[0], dtype=torch.float32)
     else:
         h = kernel(backend, "low_rank").forward(
-            x2, *_operands(x, a, b, rank_scale, update_scale), y, scale, p, seed, None if base is y else base,
-            *_epilogue(column_scale, bias, base_out is not None),
+            x2, *operands(x, a, b, rank_scale, update_scale), y, scale, p, seed, None if base is y else base,
+            *epilogue(column_scale, bias, base_out is not None),
         )  # fmt: skip
     kept = base if keep and weight is not None and base is not None else x.new_empty(0)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n), h, kept
@@ -262,19 +284,19 @@ def _backward(
         )
     base2 = rows(base) if need_c and base is not None else None
     dc = dy2.new_zeros(b.shape[0], dtype=torch.float32) if need_c else None
-    wide_a, folded = _operands(x, a, b, rank_scale, update_scale, c is not None)
-    scaled = folded if c is None else (folded * c.to(folded.dtype)[:, None]).contiguous()
+    wide_a, wide_b = operands(x, a, b, rank_scale, update_scale, c is not None)
+    scaled = wide_b if c is None else (wide_b * c.to(wide_b.dtype)[:, None]).contiguous()
     da, db = kernel(backend, "low_rank").backward(
         dy2, x2, wide_a, scaled, h, dx, scale, p, seed, need_a, need_b or need_c or need_d or need_e,
         base2, None if base2 is None else dc,
     )  # fmt: skip
     if dc is not None:
-        dc += (folded * db).sum(1)
+        dc += (wide_b * db).sum(1)
         if bias is not None:
             dc -= bias * dy2.sum(0, dtype=torch.float32)
     if c is not None and (need_b or need_d or need_e):
         db *= c[:, None]
-    db, dd, de = _unfolded(db, b, rank_scale, update_scale, need_b, need_d, need_e)
+    db, dd, de = unfolded(db, b, rank_scale, update_scale, need_b, need_d, need_e)
     return (
         none() if dx is None else dx if x.dim() == 2 else dx.view(x.shape),
         cast(da, a.dtype) if need_a else none(),
@@ -283,22 +305,6 @@ def _backward(
         none() if dd is None or rank_scale is None else dd.to(rank_scale.dtype),
         none() if de is None or update_scale is None else de.to(update_scale.dtype),
     )
-
-
-def _unfolded(
-    g: Tensor, b: Tensor, d: Tensor | None, e: Tensor | None, need_b: bool, need_d: bool, need_e: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """From the gradient g [N, R] of e ⊙ b ⊙ d those of b, d and e."""
-    if d is None and e is None:
-        return (g if need_b else None), None, None
-    dd = de = None
-    if need_d or need_e:
-        product = g * b
-        if need_d:  # sums of N terms as one product
-            dd = product.sum(0) if e is None else e.to(product.dtype) @ product
-        if need_e:
-            de = product.sum(1) if d is None else product @ d.to(product.dtype)
-    return (_folded(g, d, e) if need_b else None), dd, de
 
 
 def _input_gradient(dy: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
@@ -404,10 +410,11 @@ def _check(
         )
     if base_out is not None and (weight is not None or base_out.shape != (*x.shape[:-1], n)):
         raise ValueError(f"base_out {tuple(base_out.shape)}: want {(*x.shape[:-1], n)}, without weight")
-    scales = {"column_scale": (column_scale, "N", n), "update_scale": (update_scale, "N", n)}
-    for name, (vector, letter, size) in (scales | {"rank_scale": (rank_scale, "R", b.shape[1])}).items():
+    for name, vector, size in (
+        ("column_scale", column_scale, n), ("rank_scale", rank_scale, up[1]), ("update_scale", update_scale, n),
+    ):  # fmt: skip
         if vector is not None and vector.shape != (size,):
-            raise ValueError(f"{name} {tuple(vector.shape)}: want [{letter}] = {(size,)}")
+            raise ValueError(f"{name} {tuple(vector.shape)}: want {(size,)}")
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
