@@ -153,6 +153,22 @@ class LayerConfig(AdapterConfig):
         return self
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig(AdapterConfig):
+    """Fields of methods that put rows in front: num_virtual_tokens is T, the others describe the backbone."""
+
+    num_virtual_tokens: int = 20
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.num_virtual_tokens > 0, "num_virtual_tokens", "an integer > 0")
+        self.require(self.num_transformer_submodules in (None, 1), "num_transformer_submodules", "1")
+
+
 class Method:
     """Common base of the three shapes. `summary` and `paper` are what `peftkern methods` prints.
 
