@@ -13,6 +13,7 @@ from torch import Tensor
 from peftkern.errors import near
 from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autocast_dtype, autograd, choose, kernel, rows
+from peftkern.ops._operands import chained
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -240,8 +241,8 @@ def _check(
     residual: Tensor | None,
     activation: str,
 ) -> None:
-    shapes = f"x {tuple(x.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)}"
-    if down.dim() != 2 or up.dim() != 2 or x.dim() < 1 or x.shape[-1] != down.shape[1] or down.shape[0] != up.shape[1]:
+    if not chained(x, down, up):
+        shapes = f"x {tuple(x.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)}"
         raise ValueError(f"{shapes}: want x [..., K], down [R, K], up [N, R]")
     if down_bias is not None and down_bias.shape != down.shape[:1]:
         raise ValueError(f"down_bias {tuple(down_bias.shape)}: want [R] = {tuple(down.shape[:1])}")
