@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from peftkern import dispatch
 
+from ._adapters import METHODS, PROVIDERS, adapted
 from ._clock import Runner, Values
 from ._measure import FLOOR, OURS, SHORT, YARDSTICK, Case, Cost, Options
 from ._models import Model, decoder
-
-Build = Callable[[], nn.Module]
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -67,8 +66,6 @@ class _Decode:
 
 
 def _decode(options: Options, model: Model, dtype: torch.dtype, kind: str, wide: bool = False) -> _Decode:
-    from .step import METHODS, PROVIDERS, adapted
-
     base = model.build(options.device, dtype)
     module = base if kind == "floor" else adapted(model, METHODS[2], base, PROVIDERS[kind])[0]
     past = _past(model, options.device, dtype)

@@ -46,6 +46,11 @@ class Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
 
+def passes(forward: Cost, backward: Cost) -> dict[str, Cost]:
+    """By mode."""
+    return {"forward": forward, "backward": backward, "full": forward + backward}
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """Measured rates of the machine: copy in bytes/s (read plus written), matrix products in flop/s by dtype."""

@@ -5,7 +5,7 @@ What is not installed raises ImportError when it is built, and its row says "mis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._clock import Runner, Values
+from ._measure import FLOOR, OURS, YARDSTICK, Options
+
+
+def op_providers(
+    options: Options,
+    floor: Callable[[], Runner],
+    plain: Callable[[str | None], Runner],
+    ours: Callable[[], Runner],
+    light: bool = False,
+) -> dict[str, Callable[[], Runner]]:
+    """What every op is measured against; plain(mode) is PyTorch as people write it, mode that of torch.compile."""
+    found = {FLOOR: floor, YARDSTICK: lambda: plain(None), OURS: ours}
+    return found | ({} if options.compile == "none" or light else {"torch.compile": lambda: plain(options.compile)})
+
+
+def normal(device: torch.device) -> Callable[..., Tensor]:
+    """Draws f32 tensors of the sizes it is called with, the same ones in the same order for every case."""
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda *size: torch.randn(*size, generator=generator, device=device)
 
 
 def differentiable(
@@ -58,6 +77,11 @@ def inference(function: Callable[[], Tensor], gated: bool = True, backend: str =
             return function()
 
     return Runner(forward, None, (lambda: {"y": forward()}) if gated else None, backend=backend)
+
+
+def leaves(t: Mapping[str, Tensor], names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Copies of these tensors that require grad, in a dtype of their own or in this one."""
+    return {name: leaf(t[name] if dtype is None else t[name].to(dtype)) for name in names}
 
 
 def leaf(tensor: Tensor) -> Tensor:
@@ -221,8 +245,10 @@ def with_liger(model: nn.Module) -> nn.Module:
     return model
 
 
-def compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
-    """torch.compile, one graph, shapes fixed."""
+def compiled(function: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
+    """torch.compile, one graph, shapes fixed; the function itself without a mode."""
+    if mode is None:
+        return function
     found: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
     return found
 

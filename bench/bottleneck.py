@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from peftkern.ops.bottleneck import reference
 
 from . import _peers
 from ._clock import Runner, Values
-from ._measure import SHORT, Case, Cost, Gate, Options
+from ._measure import SHORT, Case, Cost, Gate, Options, passes
 
 _HALF = torch.bfloat16
 _LIMIT = 1.15
@@ -61,13 +61,9 @@ def _case(options: Options, s: Shape) -> Case:
     config |= {"hidden": s.k, "tokens": s.m, "rank": s.r}
     label = f"{s.m}x{s.k}-{s.r} p{s.p:g} {SHORT[s.dtype]}/{SHORT[s.adapter]}" + (" cell" if s.light else "")
     inputs = functools.cache(lambda: _inputs(options.device, s))
-    providers: dict[str, Callable[[], Runner]] = {
-        "floor": lambda: _floor(inputs()),
-        "torch": lambda: _plain(inputs(), s),
-        "peftkern": lambda: _ours(inputs(), s),
-    }
-    if options.compile != "none" and not s.light:
-        providers["torch.compile"] = lambda: _plain(inputs(), s, options.compile)
+    providers = _peers.op_providers(
+        options, lambda: _floor(inputs()), lambda mode: _plain(inputs(), s, mode), lambda: _ours(inputs(), s), s.light
+    )
     x = ("K", "hidden width", s.k)
     gates = []
     if options.device.type == "cuda" and (s.m, s.k, s.r, s.light) == (8192, 4096, 64, False):
@@ -81,11 +77,7 @@ def _case(options: Options, s: Shape) -> Case:
 
 
 def _inputs(device: torch.device, s: Shape) -> dict[str, Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def rand(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device)
-
+    rand = _peers.normal(device)
     return {
         "x": rand(s.m, s.k).to(s.dtype),
         "down": (rand(s.r, s.k) / s.k**0.5).to(s.adapter),
@@ -95,10 +87,6 @@ def _inputs(device: torch.device, s: Shape) -> dict[str, Tensor]:
         "dy": rand(s.m, s.k).to(s.dtype),
         "seed": torch.tensor([20240613], device=device),
     }
-
-
-def _leaves(t: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    return {name: _peers.leaf(t[name] if dtype is None else t[name].to(dtype)) for name in _NAMES}
 
 
 def _floor(t: dict[str, Tensor]) -> Runner:
@@ -121,7 +109,7 @@ def _floor(t: dict[str, Tensor]) -> Runner:
 
 
 def _ours(t: dict[str, Tensor], s: Shape) -> Runner:
-    leaves = _leaves(t)
+    leaves = _peers.leaves(t, _NAMES)
 
     def run(p: float = 0.0, seed: Tensor | None = None) -> Tensor:
         return ops.bottleneck(**leaves, residual=leaves["x"], p=p, seed=seed)  # type: ignore[arg-type]
@@ -134,21 +122,21 @@ def _ours(t: dict[str, Tensor], s: Shape) -> Runner:
     )
 
 
-def _plain(t: dict[str, Tensor], s: Shape, mode: str | None = None) -> Runner:
-    leaves = _leaves(t)
+def _plain(t: dict[str, Tensor], s: Shape, mode: str | None) -> Runner:
+    leaves = _peers.leaves(t, _NAMES)
 
     def run(p: float = 0.0) -> Tensor:
         x, down, up, down_bias, up_bias = leaves.values()
         z = F.relu(F.linear(x.to(down.dtype), down, down_bias))
         return x + F.dropout(F.linear(z, up, up_bias), p, training=p > 0).to(x.dtype)
 
-    call = run if mode is None else _peers.compiled(run, mode)
+    call = _peers.compiled(run, mode)
     weights = tuple(leaves[name] for name in _NAMES[1:])
     return _peers.differentiable(lambda: call(s.p), leaves, t["dy"], off=run, parameters=weights)
 
 
 def _oracle(t: dict[str, Tensor], s: Shape) -> Values:
-    leaves, dy = _leaves(t, torch.float64), t["dy"].double()
+    leaves, dy = _peers.leaves(t, _NAMES, torch.float64), t["dy"].double()
 
     def run(p: float = 0.0, seed: Tensor | None = None) -> Tensor:
         return reference(**leaves, residual=leaves["x"], p=p, seed=seed)  # type: ignore[arg-type]
@@ -163,4 +151,4 @@ def _cost(s: Shape) -> Mapping[str, Cost]:
     product, rows, adapter = 2 * s.m * s.k * s.r, s.m * s.k * s.dtype.itemsize, 2 * s.k * s.r * s.adapter.itemsize
     forward = Cost(2 * product, 2 * rows + adapter)
     backward = Cost(4 * product, 3 * rows + 2 * adapter)
-    return {"forward": forward, "backward": backward, "full": forward + backward}
+    return passes(forward, backward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,10 @@ from peftkern.ops.column_scale import reference
 
 from . import _peers
 from ._clock import Runner, Values
-from ._measure import SHORT, Case, Cost, Options
+from ._measure import SHORT, Case, Cost, Options, passes
 
 _HALF = torch.bfloat16
+_NAMES = ("x", "s")
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,9 @@ def _case(options: Options, s: Shape) -> Case:
     label = f"{s.m}x{s.c} {SHORT[s.dtype]}/{SHORT[s.adapter]}" + ("" if s.train else " no grad")
     config = {"M": s.m, "adapter": str(s.adapter).removeprefix("torch."), "grad": s.train}
     inputs = functools.cache(lambda: _inputs(options.device, s))
-    providers: dict[str, Callable[[], Runner]] = {
-        "floor": lambda: _floor(inputs(), s),
-        "torch": lambda: _plain(inputs(), s),
-        "peftkern": lambda: _ours(inputs(), s),
-    }
-    if options.compile != "none":
-        providers["torch.compile"] = lambda: _plain(inputs(), s, options.compile)
+    providers = _peers.op_providers(
+        options, lambda: _floor(inputs(), s), lambda mode: _plain(inputs(), s, mode), lambda: _ours(inputs(), s)
+    )
     x = ("C", "columns", s.c)
     return Case(
         "column_scale", label, x, config, options.device, s.dtype, providers, lambda: _oracle(inputs(), s),
@@ -67,11 +64,7 @@ def _case(options: Options, s: Shape) -> Case:
 
 
 def _inputs(device: torch.device, s: Shape) -> dict[str, Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def rand(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device)
-
+    rand = _peers.normal(device)
     # Signs alone without a graph: however often x is scaled in place it neither vanishes nor overflows.
     scale = rand(s.c) if s.train else rand(s.c).sign()
     return {"x": rand(s.m, s.c).to(s.dtype), "s": scale.to(s.adapter), "dy": rand(s.m, s.c).to(s.dtype)}
@@ -86,10 +79,6 @@ def _floor(t: dict[str, Tensor], s: Shape) -> Runner:
     return Runner(lambda: torch.empty_like(x).copy_(x), lambda _: torch.maximum(x, dy))
 
 
-def _leaves(t: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    return {name: _peers.leaf(t[name] if dtype is None else t[name].to(dtype)) for name in ("x", "s")}
-
-
 def _ours(t: dict[str, Tensor], s: Shape) -> Runner:
     backend = dispatch.explain("column_scale", t["x"], t["s"]).backend
     if not s.train:
@@ -97,7 +86,7 @@ def _ours(t: dict[str, Tensor], s: Shape) -> Runner:
         timed = _peers.inference(lambda: ops.column_scale(x, t["s"], overwrite=True), backend=backend)
         timed.check = lambda: {"y": ops.column_scale(t["x"].clone(), t["s"], overwrite=True)}
         return timed
-    leaves = _leaves(t)
+    leaves = _peers.leaves(t, _NAMES)
 
     def run() -> Tensor:
         return ops.column_scale(**leaves)
@@ -105,22 +94,22 @@ def _ours(t: dict[str, Tensor], s: Shape) -> Runner:
     return _peers.differentiable(run, leaves, t["dy"], off=run, backend=backend, parameters=(leaves["s"],))
 
 
-def _plain(t: dict[str, Tensor], s: Shape, mode: str | None = None) -> Runner:
+def _plain(t: dict[str, Tensor], s: Shape, mode: str | None) -> Runner:
     if not s.train:
         return _peers.inference(lambda: (t["x"] * t["s"]).to(s.dtype))
-    leaves = _leaves(t)
+    leaves = _peers.leaves(t, _NAMES)
 
     def run() -> Tensor:
         return (leaves["x"] * leaves["s"]).to(s.dtype)
 
-    call = run if mode is None else _peers.compiled(run, mode)
+    call = _peers.compiled(run, mode)
     return _peers.differentiable(call, leaves, t["dy"], off=call, parameters=(leaves["s"],))
 
 
 def _oracle(t: dict[str, Tensor], s: Shape) -> Values:
     if not s.train:
         return {"y": reference(t["x"].double(), t["s"].double())}
-    leaves = _leaves(t, torch.float64)
+    leaves = _peers.leaves(t, _NAMES, torch.float64)
     return _peers.evaluate(lambda: reference(**leaves), leaves, t["dy"].double())
 
 
@@ -128,4 +117,4 @@ def _cost(s: Shape) -> Mapping[str, Cost]:
     rows, scale = s.m * s.c * s.dtype.itemsize, s.c * s.adapter.itemsize
     forward = Cost(s.m * s.c, 2 * rows + scale)
     backward = Cost(3 * s.m * s.c, 3 * rows + 2 * scale)
-    return {"forward": forward, "backward": backward, "full": forward + backward}
+    return passes(forward, backward)

@@ -16,7 +16,7 @@ from peftkern.ops.low_rank import reference
 
 from . import _peers
 from ._clock import Runner, Values
-from ._measure import SHORT, Case, Cost, Gate, Options
+from ._measure import SHORT, Case, Cost, Gate, Options, passes
 
 _SCALE = 2.0
 _HALF = torch.bfloat16
@@ -89,19 +89,16 @@ def _case(options: Options, shape: Shape) -> Case:
     config = {"M": shape.m, "N": shape.n, "R": shape.r, "p": shape.p, "adapter": adapter, "grad": shape.train}
     config |= {"hidden": shape.k, "tokens": shape.m, "rank": shape.r, "bias": shape.bias}
     inputs = functools.cache(lambda: _Inputs(options.device, shape))
-    providers: dict[str, Callable[[], Runner]] = {
-        "floor": lambda: _floor(inputs()),
-        "torch": lambda: _module(inputs(), _peers.LoraLinear),
-        "peftkern": lambda: _ours(inputs()),
-    }
+    providers = _peers.op_providers(
+        options, lambda: _floor(inputs()), lambda mode: _module(inputs(), _peers.LoraLinear, mode),
+        lambda: _ours(inputs()), shape.light,
+    )  # fmt: skip
     if shape.p == 0.0 and not options.quick:
         providers["addmm"] = lambda: _module(inputs(), _peers.AddmmLoraLinear)
     if not (options.quick or shape.light):
         providers["peft"] = lambda: _peft(inputs())
     if shape.p == 0.0 and not shape.bias and shape.train and shape.adapter == shape.dtype:
         providers["unsloth"] = lambda: _module(inputs(), _peers.UnslothLoraLinear)
-    if options.compile != "none" and not shape.light:
-        providers["torch.compile"] = lambda: _module(inputs(), _peers.LoraLinear, options.compile)
     x = ("K", "input width", shape.k)
     gates = []
     if options.device.type == "cuda" and not shape.light and (shape.m, shape.k, shape.n, shape.r) == _GATED:
@@ -116,17 +113,13 @@ class _Inputs:
     """Random tensors, the same for all providers of a case."""
 
     def __init__(self, device: torch.device, shape: Shape) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-
-        def rand(*size: int, dtype: torch.dtype) -> Tensor:
-            return torch.randn(*size, generator=generator, device=device).to(dtype)
-
-        s = self.shape = shape
-        self.x, self.dy = rand(s.m, s.k, dtype=s.dtype), rand(s.m, s.n, dtype=s.dtype)
-        self.weight = (rand(s.n, s.k, dtype=torch.float32) / s.k**0.5).to(s.dtype)
-        self.bias = rand(s.n, dtype=s.dtype) if s.bias else None
-        self.a = (rand(s.r, s.k, dtype=torch.float32) / s.k**0.5).to(s.adapter)
-        self.b = (rand(s.n, s.r, dtype=torch.float32) / s.r**0.5).to(s.adapter)
+        rand, s = _peers.normal(device), shape
+        self.shape = shape
+        self.x, self.dy = rand(s.m, s.k).to(s.dtype), rand(s.m, s.n).to(s.dtype)
+        self.weight = (rand(s.n, s.k) / s.k**0.5).to(s.dtype)
+        self.bias = rand(s.n).to(s.dtype) if s.bias else None
+        self.a = (rand(s.r, s.k) / s.k**0.5).to(s.adapter)
+        self.b = (rand(s.n, s.r) / s.r**0.5).to(s.adapter)
         self.seed = torch.tensor([20240613], device=device)
 
     def linear(self) -> nn.Linear:
@@ -174,7 +167,7 @@ def _ours(t: _Inputs) -> Runner:
 
 def _module(t: _Inputs, kind: type[_peers.LoraLinear], mode: str | None = None) -> Runner:
     x, layer = _peers.leaf(t.x), kind(t.linear(), t.a.clone(), t.b.clone(), _SCALE, t.shape.p)
-    call = layer if mode is None else _peers.compiled(layer, mode)
+    call = _peers.compiled(layer, mode)
     return _layer(t, layer, call, x, layer.a, layer.b)
 
 
@@ -212,5 +205,5 @@ def _cost(s: Shape) -> Mapping[str, Cost]:
     base, update, moved = 2 * s.m * s.k * s.n, 2 * s.m * s.r * (s.k + s.n), (s.m * (s.k + s.n) + s.n * s.k) * size
     forward = Cost(base + update, moved + adapter)
     backward = Cost(base + 2 * update, moved + s.m * s.k * size + 2 * adapter)
-    return {"forward": forward, "backward": backward, "full": forward + backward}
+    return passes(forward, backward)
 

@@ -17,7 +17,7 @@ from peftkern.ops.multi_low_rank import reference
 
 from . import _peers
 from ._clock import Runner, Values
-from ._measure import FLOOR, OURS, SHORT, YARDSTICK, Case, Cost, Options
+from ._measure import FLOOR, OURS, SHORT, YARDSTICK, Case, Cost, Options, passes
 
 _SCALE = 2.0
 _HALF, _F32 = torch.bfloat16, torch.float32
@@ -96,10 +96,10 @@ class _Inputs:
     """Random tensors, the same for all providers of a case."""
 
     def __init__(self, device: torch.device, shape: Shape) -> None:
-        generator = torch.Generator(device).manual_seed(0)
+        draw = _peers.normal(device)
 
         def rand(*size: int, dtype: torch.dtype, by: float = 1.0) -> Tensor:
-            return (torch.randn(*size, generator=generator, device=device) * by).to(dtype)
+            return (draw(*size) * by).to(dtype)
 
         s = self.shape = shape
         self.x, self.dy = (rand(s.rows, s.tokens, c, dtype=s.dtype) for c in (s.k, s.n))
@@ -178,7 +178,7 @@ def _cost(s: Shape) -> Mapping[str, Cost]:
     if not s.train:
         return {"forward": forward, "full": forward}
     backward = Cost(base + 2 * update, moved + s.m * s.k * s.dtype.itemsize + 2 * adapters)
-    return {"forward": forward, "backward": backward, "full": forward + backward}
+    return passes(forward, backward)
 
 
 # ---- one decoding step of a whole model

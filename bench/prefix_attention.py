@@ -15,7 +15,7 @@ from peftkern.ops.prefix_attention import reference
 
 from . import _peers
 from ._clock import Runner, Values
-from ._measure import SHORT, Case, Cost, Options
+from ._measure import SHORT, Case, Cost, Options, passes
 
 _HALF = torch.bfloat16
 _NAMES = ("q", "k", "v", "pk", "pv")
@@ -58,13 +58,9 @@ def _case(options: Options, s: Shape) -> Case:
     label = f"B{s.b} H{s.hq}/{s.hkv} S{s.s} L{s.length} T{s.t} D{s.d} {s.kind} {SHORT[s.dtype]}"
     config = {"B": s.b, "Hq": s.hq, "Hkv": s.hkv, "S": s.s, "T": s.t, "D": s.d, "kind": s.kind}
     inputs = functools.cache(lambda: _inputs(options.device, s))
-    providers: dict[str, Callable[[], Runner]] = {
-        "floor": lambda: _floor(inputs(), s),
-        "torch": lambda: _plain(inputs(), s),
-        "peftkern": lambda: _ours(inputs(), s),
-    }
-    if options.compile != "none":
-        providers["torch.compile"] = lambda: _plain(inputs(), s, options.compile)
+    providers = _peers.op_providers(
+        options, lambda: _floor(inputs(), s), lambda mode: _plain(inputs(), s, mode), lambda: _ours(inputs(), s)
+    )
     x = ("L", "keys of the text", s.length)
     return Case(
         "prefix_attention", label, x, config, options.device, s.dtype, providers, lambda: _oracle(inputs(), s),
@@ -73,10 +69,10 @@ def _case(options: Options, s: Shape) -> Case:
 
 
 def _inputs(device: torch.device, s: Shape) -> dict[str, Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
+    draw = _peers.normal(device)
 
     def rand(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device).to(s.dtype)
+        return draw(*size).to(s.dtype)
 
     found = {"q": rand(s.b, s.s, s.hq, s.d).transpose(1, 2)}
     found |= {name: rand(s.b, s.length, s.hkv, s.d).transpose(1, 2) for name in ("k", "v")}
@@ -88,10 +84,6 @@ def _inputs(device: torch.device, s: Shape) -> dict[str, Tensor]:
     return found
 
 
-def _leaves(t: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    return {name: _peers.leaf(t[name] if dtype is None else t[name].to(dtype)) for name in _NAMES}
-
-
 def _runner(call: Callable[[], Tensor], leaves: dict[str, Tensor], t: dict[str, Tensor], s: Shape, name: str) -> Runner:
     """Decoding steps have no backward."""
     if s.s == 1:
@@ -100,7 +92,7 @@ def _runner(call: Callable[[], Tensor], leaves: dict[str, Tensor], t: dict[str, 
 
 
 def _ours(t: dict[str, Tensor], s: Shape) -> Runner:
-    leaves = _leaves(t)
+    leaves = _peers.leaves(t, _NAMES)
 
     def run() -> Tensor:
         return ops.prefix_attention(**leaves, mask=t.get("mask"), causal=s.kind == "causal")  # type: ignore[arg-type]
@@ -124,8 +116,8 @@ def _floor(t: dict[str, Tensor], s: Shape) -> Runner:
     return _peers.differentiable(run, leaves, t["dy"])
 
 
-def _plain(t: dict[str, Tensor], s: Shape, mode: str | None = None) -> Runner:
-    leaves = _leaves(t)
+def _plain(t: dict[str, Tensor], s: Shape, mode: str | None) -> Runner:
+    leaves = _peers.leaves(t, _NAMES)
 
     def run() -> Tensor:
         q, k, v, pk, pv = leaves.values()
@@ -140,12 +132,12 @@ def _plain(t: dict[str, Tensor], s: Shape, mode: str | None = None) -> Runner:
             return F.scaled_dot_product_attention(q, keys, values).reshape(s.b, s.hq, 1, s.d)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=s.hq != s.hkv)
 
-    call = run if mode is None else _peers.compiled(run, mode)
+    call = _peers.compiled(run, mode)
     return _runner(call, leaves, t, s, "")
 
 
 def _oracle(t: dict[str, Tensor], s: Shape) -> Values:
-    leaves = _leaves(t, torch.float64)
+    leaves = _peers.leaves(t, _NAMES, torch.float64)
 
     def run() -> Tensor:
         return reference(**leaves, mask=t.get("mask"), causal=s.kind == "causal")  # type: ignore[arg-type]
@@ -161,4 +153,4 @@ def _cost(s: Shape) -> Mapping[str, Cost]:
     rows = 2 * s.b * s.hq * s.s * s.d * size
     keys = 2 * (s.b * s.hkv * s.length + s.hkv * s.t) * s.d * size
     forward, backward = Cost(2 * product, rows + keys), Cost(5 * product, 2 * (rows + keys))
-    return {"forward": forward, "backward": backward, "full": forward + backward}
+    return passes(forward, backward)

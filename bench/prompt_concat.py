@@ -15,7 +15,7 @@ from peftkern.ops.prompt_concat import IGNORED, Prompted, reference
 
 from . import _peers
 from ._clock import Runner, Values
-from ._measure import SHORT, Case, Cost, Gate, Options
+from ._measure import SHORT, Case, Cost, Gate, Options, passes
 
 _HALF = torch.bfloat16
 _VOCABULARY = 8192
@@ -55,13 +55,9 @@ def _case(options: Options, s: Shape) -> Case:
     config = {"B": s.b, "S": s.s, "T": s.t, "padding": side, "adapter": "float32"}
     config |= {"hidden": s.h, "tokens": s.b * s.s, "rank": s.t}
     inputs = functools.cache(lambda: _inputs(options.device, s))
-    providers: dict[str, Callable[[], Runner]] = {
-        "floor": lambda: _floor(inputs()),
-        "torch": lambda: _plain(inputs(), s),
-        "peftkern": lambda: _ours(inputs(), s),
-    }
-    if options.compile != "none":
-        providers["torch.compile"] = lambda: _plain(inputs(), s, options.compile)
+    providers = _peers.op_providers(
+        options, lambda: _floor(inputs()), lambda mode: _plain(inputs(), s, mode), lambda: _ours(inputs(), s)
+    )
     x = ("H", "hidden width", s.h)
     return Case(
         "prompt_concat", label, x, config, options.device, s.dtype, providers, lambda: _oracle(inputs()),
@@ -120,7 +116,7 @@ def _arguments(t: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t[name] for name in ("ids", "table", "mask", "labels")}
 
 
-def _plain(t: dict[str, Tensor], s: Shape, mode: str | None = None) -> Runner:
+def _plain(t: dict[str, Tensor], s: Shape, mode: str | None) -> Runner:
     """torch.cat for right padding, which is what people write; the gather of the reference for left padding."""
     prompt = _peers.leaf(t["prompt"])
 
@@ -133,7 +129,7 @@ def _plain(t: dict[str, Tensor], s: Shape, mode: str | None = None) -> Runner:
         labels = torch.cat([t["labels"].new_full((s.b, s.t), IGNORED), t["labels"]], 1)
         return Prompted(embeds, mask, (mask.cumsum(1) - 1).clamp(0), labels)
 
-    return _runner(t, prompt, run if mode is None else _peers.compiled(run, mode))
+    return _runner(t, prompt, _peers.compiled(run, mode))
 
 
 def _oracle(t: dict[str, Tensor]) -> Values:
@@ -147,4 +143,4 @@ def _cost(s: Shape) -> Mapping[str, Cost]:
     out, prompt = s.b * (s.t + s.s) * s.h * s.dtype.itemsize, s.t * s.h
     forward = Cost(0, out + s.b * s.s * s.h * s.dtype.itemsize + prompt * 4)
     backward = Cost(s.b * prompt, s.b * prompt * s.dtype.itemsize + prompt * 4)
-    return {"forward": forward, "backward": backward, "full": forward + backward}
+    return passes(forward, backward)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,35 +19,11 @@ from peftkern import dispatch, registry
 from peftkern.ops._op import every
 
 from . import _decode, _peers
+from ._adapters import METHODS, PLAIN, PROVIDERS, Build, Method, adapted, ours
 from ._clock import Runner, Values
 from ._measure import FLOOR, OURS, SHORT, YARDSTICK, Case, Cost, Gate, Options
-from ._models import PROMPT, Model, models
+from ._models import Model, models
 
-_R, _ALPHA = 8, 16.0
-
-
-@dataclass(frozen=True)
-class Method:
-    """What trains: `kind` is lora, dora, adapter, prompt or full; `targets` the linear layers that LoRA adapts."""
-
-    label: str
-    kind: str
-    p: float = 0.0
-    targets: str = ""
-
-
-METHODS = (
-    Method("lora all p0.1", "lora", 0.1, "all_linear"),
-    Method("lora q,v p0.1", "lora", 0.1, "query_value"),
-    Method("lora all p0", "lora", 0.0, "all_linear"),
-    Method("lora q,v p0", "lora", 0.0, "query_value"),
-    Method("bottleneck p0", "adapter"),
-    Method("bottleneck p0.1", "adapter", 0.1),
-    Method("prompt tuning", "prompt"),
-    Method("dora all p0.1", "dora", 0.1, "all_linear"),
-    Method("dora all p0", "dora", 0.0, "all_linear"),
-    Method("full", "full"),
-)
 _MAIN = (METHODS[0], METHODS[4], METHODS[2], METHODS[6])
 LIMITS = {
     ("lora all p0.1", torch.float32): 1.12, ("lora all p0.1", torch.bfloat16): 1.20,
@@ -107,20 +81,20 @@ def _case(options: Options, model: Model, method: Method, dtype: torch.dtype) ->
     build = functools.partial(_runner, options, model, method, dtype)
     providers: dict[str, Callable[[], Runner]] = {
         FLOOR: functools.partial(_floor, options, model, dtype),
-        YARDSTICK: functools.partial(build, _PLAIN[method.kind]),
-        OURS: functools.partial(build, _ours),
+        YARDSTICK: functools.partial(build, PLAIN[method.kind]),
+        OURS: functools.partial(build, ours),
     }
     if method.kind == "lora" and method.p == 0.0 and not options.quick:
-        providers["addmm"] = functools.partial(build, _addmm_lora)
+        providers["addmm"] = functools.partial(build, PROVIDERS["addmm"])
     if method.kind in (*_LOW_RANK, "prompt") and not options.quick:
-        providers["peft"] = functools.partial(build, _peft)
+        providers["peft"] = functools.partial(build, PROVIDERS["peft"])
     if options.compile != "none" and method.kind in _LOW_RANK:
-        providers["torch.compile"] = functools.partial(build, _PLAIN[method.kind], mode=options.compile)
-        providers["peftkern.compile"] = functools.partial(build, _ours, mode=options.compile)
+        providers["torch.compile"] = functools.partial(build, PLAIN[method.kind], mode=options.compile)
+        providers["peftkern.compile"] = functools.partial(build, ours, mode=options.compile)
     if method.kind == "lora" and model.family == "llama" and options.device.type == "cuda":
-        providers["peft+liger"] = functools.partial(build, _peft_liger)
+        providers["peft+liger"] = functools.partial(build, PROVIDERS["peft+liger"])
         if method.p == 0.0:
-            providers["unsloth"] = functools.partial(build, _unsloth_lora)
+            providers["unsloth"] = functools.partial(build, PROVIDERS["unsloth"])
     config = {"method": method.kind, "targets": method.targets, "p": method.p}
     oracle = functools.partial(_reference, options, model, method, dtype)
     return _assemble(
@@ -217,9 +191,6 @@ def _floor_step(options: Options, model: Model, dtype: torch.dtype) -> _Step:
     return _Step(model, module, {})
 
 
-Build = Callable[[Model, Method, nn.Module], tuple[nn.Module, dict[str, nn.Parameter]]]
-
-
 def _runner(
     options: Options, model: Model, method: Method, dtype: torch.dtype, build: Build, mode: str | None = None
 ) -> Runner:
@@ -228,8 +199,7 @@ def _runner(
     if mode is not None:
         step.call = torch.compile(step.module, dynamic=False, mode=mode)
     op = {"lora": "low_rank", "dora": "low_rank", "adapter": "bottleneck", "prompt": "prompt_concat"}.get(method.kind)
-    ours = build is _ours and op is not None
-    return step.runner(dispatch.choose(op or "", options.device, dtype) if ours else "")
+    return step.runner(dispatch.choose(op, options.device, dtype) if op is not None and build is ours else "")
 
 
 def _step(options: Options, model: Model, method: Method, dtype: torch.dtype, build: Build) -> _Step:
@@ -237,26 +207,9 @@ def _step(options: Options, model: Model, method: Method, dtype: torch.dtype, bu
     return _Step(model, module.train(), trained)
 
 
-def adapted(model: Model, method: Method, base: nn.Module, build: Build) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """The model with its adapter, whose weights are the same whoever built it, and what trains, by name."""
-    module, trained = build(model, method, base)
-    if method.kind != "full":
-        for name, parameter in trained.items():
-            if not name.endswith(":magnitude"):  # it starts as the norm of the weight, with every provider
-                parameter.data.copy_(_value(name, parameter.shape))
-    return module, trained
-
-
-def _value(name: str, shape: torch.Size) -> Tensor:
-    """Adapter weights drawn from a seed made of their name: nothing at zero, so that every gradient is one."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    spread = 0.1 if len(shape) == 1 else shape[-1] ** -0.5
-    return torch.randn(shape, generator=generator) * (0.1 * spread if name.endswith((":b", ":up")) else spread)
-
-
 def _reference(options: Options, model: Model, method: Method, dtype: torch.dtype) -> Values:
     """Plain PyTorch in float64, on weights rounded to the dtype under test."""
-    step = _step(options, model, method, dtype, _PLAIN[method.kind])
+    step = _step(options, model, method, dtype, PLAIN[method.kind])
     step.module.double()
     return step.check()
 
@@ -273,126 +226,6 @@ def _cost(options: Options, model: Model, dtype: torch.dtype) -> Mapping[str, Co
         loss.backward()  # type: ignore[no-untyped-call]
     costs = {"forward": Cost(forward.get_total_flops()), "backward": Cost(backward.get_total_flops())}
     return costs | {"full": costs["forward"] + costs["backward"]}
-
-
-def _ours(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    def lora(use_dora: bool) -> pk.LoraConfig:
-        targets = getattr(model, method.targets)
-        return pk.LoraConfig(
-            r=_R, lora_alpha=_ALPHA, lora_dropout=method.p, target_modules=targets, use_dora=use_dora
-        )  # fmt: skip
-
-    configs: dict[str, Callable[[], Any]] = {
-        "lora": lambda: lora(False),
-        "dora": lambda: lora(True),
-        "adapter": lambda: pk.BottleneckConfig(placement="ffn", dropout=method.p),
-        "prompt": lambda: pk.PromptTuningConfig(num_virtual_tokens=PROMPT),
-        "full": lambda: pk.FullConfig(keep_original=False),
-    }
-    pk.attach(base, configs[method.kind]())
-    if method.kind == "full":
-        return base, _whole(base)
-    trained = {name: p for name, p in base.named_parameters() if p.requires_grad}
-    if method.kind == "prompt":
-        return base, {"prompt:prompt": p for p in trained.values()}  # noqa: B035 - it is one
-    return base, {name.replace(".adapters.default.", ":"): p for name, p in trained.items()}
-
-
-def _plain_lora(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    return _replace_lora(model, method, base, _peers.LoraLinear)
-
-
-def _plain_dora(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    return _replace_lora(model, method, base, _peers.DoraLinear)
-
-
-def _addmm_lora(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    return _replace_lora(model, method, base, _peers.AddmmLoraLinear)
-
-
-def _unsloth_lora(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    return _replace_lora(model, method, base, _peers.UnslothLoraLinear)
-
-
-def _replace_lora(
-    model: Model, method: Method, base: nn.Module, kind: type[_peers.LoraLinear]
-) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    trained: dict[str, nn.Parameter] = {}
-    names = getattr(model, method.targets)
-    for path, linear in _linears(base, lambda path: path.split(".")[-1] in names):
-        a, b = torch.empty(_R, linear.in_features), torch.empty(linear.out_features, _R)
-        layer = kind(linear, a.to(linear.weight.device), b.to(linear.weight.device), _ALPHA / _R, method.p)
-        base.set_submodule(path, layer)
-        trained |= {f"{path}:{name}": p for name, p in layer.named_parameters() if not name.startswith("base.")}
-    return base, trained
-
-
-def _plain_bottleneck(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    trained: dict[str, nn.Parameter] = {}
-    for path, linear in _linears(base, model.is_ffn_output):
-        layer = _peers.BottleneckLinear(linear, linear.out_features // 16, method.p, torch.float32)
-        base.set_submodule(path, layer)
-        trained |= {f"{path}:{n}": p for n, p in layer.named_parameters() if not n.startswith("base.")}
-    return base, trained
-
-
-def _plain_prompt(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    module = _peers.PromptModel(base, PROMPT)
-    return module, {"prompt:prompt": module.prompt}
-
-
-def _plain_full(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    return base.requires_grad_(True), _whole(base)
-
-
-def _peft(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    if method.kind == "prompt":
-        task = "TOKEN_CLS" if model.family == "bert" else "CAUSAL_LM"
-        module = _peers.peft_model(base, "PromptTuningConfig", task_type=task, num_virtual_tokens=PROMPT)
-        rows: nn.Parameter = module.get_submodule("prompt_encoder.default.embedding").weight  # type: ignore[assignment]
-        module.requires_grad_(False)
-        rows.requires_grad_()
-        return module, {"prompt:prompt": rows}
-    names = getattr(model, method.targets)
-    module = _peers.peft_model(
-        base, "LoraConfig", r=_R, lora_alpha=_ALPHA, lora_dropout=method.p, target_modules=names, bias="none",
-        use_dora=method.kind == "dora",
-    )  # fmt: skip
-    kinds = {"lora_A.default.weight": "a", "lora_B.default.weight": "b"}
-    kinds |= {"lora_magnitude_vector.default.weight": "magnitude"}
-    trained = {}
-    for name, parameter in module.named_parameters():
-        for end, kind in kinds.items():
-            if name.endswith(end):
-                trained[f"{name.removeprefix('base_model.model.').removesuffix('.' + end)}:{kind}"] = parameter
-    return module, trained
-
-
-def _peft_liger(model: Model, method: Method, base: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    module, trained = _peft(model, method, base)
-    return _peers.with_liger(module), trained
-
-
-_PLAIN: Mapping[str, Build] = {
-    "lora": _plain_lora,
-    "dora": _plain_dora,
-    "adapter": _plain_bottleneck,
-    "prompt": _plain_prompt,
-    "full": _plain_full,
-}
-
-
-PROVIDERS: Mapping[str, Build] = {"plain": _plain_lora, "addmm": _addmm_lora, "peft": _peft, "ours": _ours}
-"""Who builds LoRA, by the names that the decode step uses."""
-
-
-def _linears(base: nn.Module, wanted: Callable[[str], bool]) -> list[tuple[str, nn.Linear]]:
-    return [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear) and wanted(n)]
-
-
-def _whole(base: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of the model, matrices and vectors as two kinds."""
-    return {f"{n}:{'matrix' if p.dim() > 1 else 'vector'}": p for n, p in base.named_parameters()}
 
 
 def _by_name(options: Options, model: Model, dtype: torch.dtype, name: str) -> Runner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,17 +52,12 @@ def _case(options: Options, s: Shape) -> Case:
     label = f"{s.n}x{s.k} r{s.r} {SHORT[s.dtype]}" + " transposed" * s.transposed
     config = {"N": s.n, "R": s.r, "transposed": s.transposed}
     inputs = functools.cache(lambda: _inputs(options.device, s))
-    providers: dict[str, Callable[[], Runner]] = {
-        "floor": lambda: _peers.inference(lambda: inputs()[0].sum(), gated=False),
-        "torch": lambda: _peers.inference(lambda: reference(*inputs(), scale=_SCALE)),
-        "peftkern": lambda: _peers.inference(
-            lambda: ops.weight_norm(*inputs(), scale=_SCALE),
-            backend=dispatch.choose("weight_norm", options.device, s.dtype, N=s.n, K=s.k, R=s.r),
-        ),
-    }
-    if options.compile != "none":
-        compiled = _peers.compiled(functools.partial(reference, scale=_SCALE), options.compile)
-        providers["torch.compile"] = lambda: _peers.inference(lambda: compiled(*inputs()))
+    providers = _peers.op_providers(
+        options,
+        lambda: _peers.inference(lambda: inputs()[0].sum(), gated=False),
+        lambda mode: _plain(inputs(), mode),
+        lambda: _ours(inputs(), s),
+    )
     x = ("K", "input width", s.k)
     marked = options.device.type == "cuda" and s == Shape(4096, 4096, 16, _HALF)
     return Case(
@@ -72,13 +67,19 @@ def _case(options: Options, s: Shape) -> Case:
 
 
 def _inputs(device: torch.device, s: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def rand(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device)
-
+    rand = _peers.normal(device)
     weight = rand(s.k, s.n).T if s.transposed else rand(s.n, s.k)
     return (weight / s.k**0.5).to(s.dtype), rand(s.r, s.k) / s.k**0.5, rand(s.n, s.r) / s.r**0.5
+
+
+def _plain(tensors: tuple[Tensor, Tensor, Tensor], mode: str | None) -> Runner:
+    call = _peers.compiled(functools.partial(reference, scale=_SCALE), mode)
+    return _peers.inference(lambda: call(*tensors))
+
+
+def _ours(tensors: tuple[Tensor, Tensor, Tensor], s: Shape) -> Runner:
+    backend = dispatch.choose("weight_norm", tensors[0].device, s.dtype, N=s.n, K=s.k, R=s.r)
+    return _peers.inference(lambda: ops.weight_norm(*tensors, scale=_SCALE), backend=backend)
 
 
 def _oracle(tensors: tuple[Tensor, Tensor, Tensor]) -> Values:

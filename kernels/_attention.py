@@ -8,7 +8,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ._common import dot, keep_mask, round_to, row_keys
+from ._common import dot, keep_mask, load_rows, round_to, row_keys
 
 
 class Tile(NamedTuple):
@@ -48,6 +48,24 @@ def tile(name: str, half: bool, width: int, arch: str) -> Tile:
     """Tile of a pass ("forward", "queries", "keys") for heads of this width, 16-bit or not, on an architecture."""
     rows = _TILES[name, half] | _OVERRIDES.get((arch, name, half), {})
     return rows[min(limit for limit in rows if width <= limit)]
+
+
+@triton.jit
+def query_keys(seed_ptr, row, DROPOUT: tl.constexpr):
+    """The keys of dropout for these rows of all queries; anything where nothing is dropped."""
+    key1, key2 = row, row
+    if DROPOUT:
+        key1, key2 = row_keys(seed_ptr, row)
+    return key1, key2
+
+
+@triton.jit
+def mask_at(mask_ptr, b, h, offs_m, stride_mb, stride_mh, stride_ms, MASK: tl.constexpr):
+    """[BLOCK_M, 1] pointers to the queries' rows of the mask of one head; what came where there is no mask."""
+    mask_rows = mask_ptr
+    if MASK != 0:
+        mask_rows = mask_ptr + b * stride_mb + h * stride_mh + offs_m.to(tl.int64)[:, None] * stride_ms
+    return mask_rows
 
 
 @triton.jit
@@ -122,8 +140,7 @@ def walk(
             q, k_rows, mask_rows, offs_m, offs_n, offs_d, S, N, D, stride_kn, scale, CAUSAL, MASK, PRECISION, BLOCK_M,
             BLOCK_N,
         )  # fmt: skip
-        v_tile = v_rows + offs_n.to(tl.int64)[:, None] * stride_vn + offs_d[None, :]
-        v = tl.load(v_tile, mask=(offs_n < N)[:, None] & (offs_d < D)[None, :], other=0.0)
+        v = load_rows(v_rows, stride_vn, offs_n, offs_n < N, offs_d, D)
         higher = tl.maximum(top, tl.max(s, 1))
         fade = tl.exp(top - higher)
         p = tl.exp(s - higher[:, None])
@@ -186,9 +203,8 @@ def walk_back(
             q, k_rows, mask_rows, offs_m, offs_n, offs_d, S, N, D, stride_kn, scale, CAUSAL, MASK, PRECISION, BLOCK_M,
             BLOCK_N,
         )  # fmt: skip
-        inside = (offs_n < N)[:, None] & (offs_d < D)[None, :]
-        v = tl.load(v_rows + offs_n.to(tl.int64)[:, None] * stride_vn + offs_d[None, :], mask=inside, other=0.0)
-        k = tl.load(k_rows + offs_n.to(tl.int64)[:, None] * stride_kn + offs_d[None, :], mask=inside, other=0.0)
+        v = load_rows(v_rows, stride_vn, offs_n, offs_n < N, offs_d, D)
+        k = load_rows(k_rows, stride_kn, offs_n, offs_n < N, offs_d, D)
         dp = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         _, ds = weights_and_slopes(
             s, top, inv_sum, dp, delta, key1, key2, first_column + offs_n, inv_keep, threshold, DROPOUT
@@ -249,10 +265,8 @@ def keys_kernel(
     heads = Hq // GROUP
     b = (tl.program_id(1) // heads).to(tl.int64)
     kvh = (tl.program_id(1) % heads).to(tl.int64)
-    inside = (offs_n < N)[:, None] & (offs_d < D)[None, :]
     k_rows = k_ptr + b * stride_kb + kvh * stride_kh
-    v_tile = v_ptr + b * stride_vb + kvh * stride_vh + offs_n.to(tl.int64)[:, None] * stride_vn + offs_d[None, :]
-    v = tl.load(v_tile, mask=inside, other=0.0)
+    v = load_rows(v_ptr + b * stride_vb + kvh * stride_vh, stride_vn, offs_n, offs_n < N, offs_d, D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     first = 0
@@ -262,26 +276,18 @@ def keys_kernel(
         h = kvh * GROUP + g
         for start in range(first, S, BLOCK_M):
             offs_m = start + tl.arange(0, BLOCK_M)
-            rows = offs_m.to(tl.int64)[:, None]
             row = (b * Hq + h) * S + offs_m
-            mask_md = (offs_m < S)[:, None] & (offs_d < D)[None, :]
-            q_tile = q_ptr + b * stride_qb + h * stride_qh + rows * stride_qs + offs_d[None, :]
-            q = tl.load(q_tile, mask=mask_md, other=0.0)
-            dout_tile = dout_ptr + b * stride_dob + h * stride_doh + rows * stride_dos + offs_d[None, :]
-            dout = tl.load(dout_tile, mask=mask_md, other=0.0)
+            q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qs, offs_m, offs_m < S, offs_d, D)
+            dout = load_rows(dout_ptr + b * stride_dob + h * stride_doh, stride_dos, offs_m, offs_m < S, offs_d, D)
             top = tl.load(top_ptr + row, mask=offs_m < S, other=float("inf"))
             inv_sum = 1.0 / tl.load(sum_ptr + row, mask=offs_m < S, other=1.0)
             delta = tl.load(delta_ptr + row, mask=offs_m < S, other=0.0)
-            mask_rows = mask_ptr
-            if MASK != 0:
-                mask_rows = mask_ptr + b * stride_mb + h * stride_mh + rows * stride_ms
+            mask_rows = mask_at(mask_ptr, b, h, offs_m, stride_mb, stride_mh, stride_ms, MASK)
             s = scores_tile(
                 q, k_rows, mask_rows, offs_m, offs_n, offs_d, S, N, D, stride_kn, scale, CAUSAL, MASK, PRECISION,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            key1, key2 = offs_m, offs_m
-            if DROPOUT:
-                key1, key2 = row_keys(seed_ptr, row)
+            key1, key2 = query_keys(seed_ptr, row, DROPOUT)
             dp = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             dropped, ds = weights_and_slopes(
                 s, top, inv_sum, dp, delta, key1, key2, first_column + offs_n, inv_keep, threshold, DROPOUT
@@ -289,5 +295,6 @@ def keys_kernel(
             dv = dot(tl.trans(dropped), dout, dv, PRECISION)
             dk = dot(tl.trans(ds), q, dk, PRECISION)
     at = ((b * heads + kvh) * N + offs_n)[:, None] * D + offs_d[None, :]
+    inside = (offs_n < N)[:, None] & (offs_d < D)[None, :]
     tl.store(dk_ptr + at, round_to(dk * scale, dk_ptr.dtype.element_ty), mask=inside)
     tl.store(dv_ptr + at, round_to(dv, dv_ptr.dtype.element_ty), mask=inside)

@@ -71,6 +71,16 @@ def dropout_args(p: float, seed: torch.Tensor | None) -> Dropout:
     return Dropout(True, threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - p), seed)
 
 
+# ---- loads -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_rows(ptr, stride, rows, inside, cols, C):
+    """[rows, cols] tile of a matrix of C columns with unit column stride; 0 outside: `inside` says it of the rows."""
+    mask = inside[:, None] & (cols < C)[None, :]
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
 # ---- dot products --------------------------------------------------------------------------------------------------
 
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Dropout, dot, dropout_args, keep_mask, precision, refuse_common, round_to, row_keys
+from ._common import Dropout, dot, dropout_args, keep_mask, load_rows, precision, refuse_common, round_to, row_keys
 from ._device import Device, Source, device_of, launch, on_device, sources
 from ._launch import reduce_pass
 from ._tiles import Tile, tile
@@ -37,27 +37,15 @@ def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
     return refuse_common(device, dtype, **dims)
 
 
-class _Rows(NamedTuple):
-    """Rows sorted by adapter: `order` [M] row numbers, `ends` [G] where each adapter's rows end; those of none last."""
-
-    order: Tensor
-    ends: Tensor
-
-
-def _sorted_rows(index: Tensor, rows: int, count: int) -> _Rows:
-    per_entry = rows // index.numel()
-    whole = index if per_entry == 1 else index.repeat_interleave(per_entry, output_size=rows)
-    # Rows without an adapter, or with one that does not exist, go behind all others.
-    whole = torch.where((whole >= 0) & (whole < count), whole, count)
-    ranked, order = torch.sort(whole, stable=True)
-    return _Rows(order, torch.searchsorted(ranked, torch.arange(count, device=index.device), right=True))
-
-
 class _Call(NamedTuple):
-    """What the passes of one call share."""
+    """What the passes of one call share.
+
+    Rows are sorted by adapter: `order` [M] row numbers, `ends` [G] where each adapter's rows end; those of none last.
+    """
 
     cells: Tensor
-    rows: _Rows
+    order: Tensor
+    ends: Tensor
     most: int
     ranks: int
     weights: torch.dtype
@@ -73,8 +61,8 @@ def forward(
     with on_device(x):
         call = _call(x, cells, index, most, ranks, dtype, aligned)
         products = precision(x.dtype, call.weights)
-        h = _shrink(x, call, 0, False, drop, products.wide)
-        _expand(h, y, call, 1, True, dropout_args(0.0, None), products.narrow)
+        h = _shrink(x, call, False, drop, products.wide)
+        _expand(h, y, call, True, dropout_args(0.0, None), products.narrow)
     return h
 
 
@@ -87,27 +75,30 @@ def backward(
     dh = s_i dy b_i. What is not needed is empty.
     """
     drop, plain = dropout_args(p, seed), dropout_args(0.0, None)
-    none = torch.empty(0, dtype=torch.float32, device=x.device)
-    da, db = none, none
+    da = db = torch.empty(0, dtype=torch.float32, device=x.device)
     with on_device(x):
         call = _call(x, cells, index, most, ranks, dtype, aligned)
         products = precision(x.dtype, call.weights)
         if need_b:
-            db = _gradient(dy, h, call, plain, products.wide, transposed=True)
+            db = _gradient(dy, h, call, True, plain, products.wide)
         if need_a or dx is not None:
-            dh = _shrink(dy, call, 1, True, plain, products.wide)
+            dh = _shrink(dy, call, True, plain, products.wide)
             if need_a:
-                da = _gradient(x, dh, call, drop, products.wide, transposed=False)
+                da = _gradient(x, dh, call, False, drop, products.wide)
             if dx is not None:
-                _expand(dh, dx, call, 0, False, drop, products.narrow)
+                _expand(dh, dx, call, False, drop, products.narrow)
     return da, db
 
 
-def _call(
-    x: Tensor, cells: Tensor, index: Tensor, most: int, ranks: int, dtype: int, aligned: bool
-) -> _Call:
-    rows = _sorted_rows(index, x.shape[0], cells.shape[0])
-    return _Call(cells, rows, most, ranks, _DTYPES[dtype], aligned)
+def _call(x: Tensor, cells: Tensor, index: Tensor, most: int, ranks: int, dtype: int, aligned: bool) -> _Call:
+    rows, count = x.shape[0], cells.shape[0]
+    per_entry = rows // index.numel()
+    whole = index if per_entry == 1 else index.repeat_interleave(per_entry, output_size=rows)
+    # Rows without an adapter, or with one that does not exist, go behind all others.
+    whole = torch.where((whole >= 0) & (whole < count), whole, count)
+    ranked, order = torch.sort(whole, stable=True)
+    ends = torch.searchsorted(ranked, torch.arange(count, device=index.device), right=True)
+    return _Call(cells, order, ends, most, ranks, _DTYPES[dtype], aligned)
 
 
 @triton.jit
@@ -129,19 +120,28 @@ def _find_block(ends_ptr, block, G, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr
 
 
 @triton.jit
+def _weight_offsets(offs_r, offs_c, R, C, OF_B: tl.constexpr):
+    """[BLOCK_R, BLOCK_C] places of a tile in A_i [R, C] or, OF_B, of its transpose in B_i [C, R]."""
+    if OF_B:
+        at = offs_c.to(tl.int64)[None, :] * R + offs_r[:, None]
+    else:
+        at = offs_r.to(tl.int64)[:, None] * C + offs_c[None, :]
+    return at
+
+
+@triton.jit
 def _weight_tile(
     cell_ptr,
     offs_r,
     offs_c,
     R,
     C,
-    MATRIX: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
+    OF_B: tl.constexpr,
     ALIGNED: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    """[BLOCK_R, BLOCK_C] tile of A_i [R, C] (MATRIX 0), or of B_i^T from B_i [C, R] (MATRIX 1, BY_COLUMN)."""
-    address = tl.load(cell_ptr + MATRIX)
+    """[BLOCK_R, BLOCK_C] tile of A_i [R, C] or, OF_B, of B_i^T from B_i [C, R]."""
+    address = tl.load(cell_ptr + (1 if OF_B else 0))
     if TYPE == "bf16":
         base = address.to(tl.pointer_type(tl.bfloat16))
     elif TYPE == "fp16":
@@ -150,10 +150,7 @@ def _weight_tile(
         base = address.to(tl.pointer_type(tl.float32))
     if ALIGNED:
         base = tl.multiple_of(base, 16)
-    if BY_COLUMN:
-        at = offs_c.to(tl.int64)[None, :] * R + offs_r[:, None]
-    else:
-        at = offs_r.to(tl.int64)[:, None] * C + offs_c[None, :]
+    at = _weight_offsets(offs_r, offs_c, R, C, OF_B)
     return tl.load(base + at, mask=(offs_r < R)[:, None] & (offs_c < C)[None, :], other=0.0)
 
 
@@ -162,7 +159,7 @@ def _scale(cell_ptr):
     return tl.load(cell_ptr + 4).to(tl.int32).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def shrink_kernel(
     x_ptr,
     cells_ptr,
@@ -170,15 +167,13 @@ def shrink_kernel(
     ends_ptr,
     out_ptr,
     seed_ptr,
-    M,
     C,
     G,
     MOST,
     stride_xm,
     inv_keep,
     threshold,
-    MATRIX: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
+    OF_B: tl.constexpr,
     ALIGNED: tl.constexpr,
     TYPE: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -188,7 +183,7 @@ def shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """out[m, r] = f * sum_c drop(x)[m, c] w_i[r, c], f32; f = s_i for the transposed B_i, else 1 / (1 - p)."""
+    """out[m, r] = f * sum_c drop(x)[m, c] w_i[r, c], f32; f = s_i for B_i, else 1 / (1 - p)."""
     adapter, start, end = _find_block(ends_ptr, tl.program_id(0), G, BLOCK_M, BLOCK_G)
     if adapter < G:
         cell_ptr = cells_ptr + adapter * 5
@@ -202,22 +197,18 @@ def shrink_kernel(
         if tl.program_id(1) * BLOCK_R < R:
             for block in range(0, tl.cdiv(C, BLOCK_C)):
                 offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-                mask = (places < end)[:, None] & (offs_c < C)[None, :]
-                x = tl.load(x_ptr + rows[:, None] * stride_xm + offs_c[None, :], mask=mask, other=0.0)
-                w = _weight_tile(cell_ptr, offs_r, offs_c, R, C, MATRIX, BY_COLUMN, ALIGNED, TYPE)
+                x = load_rows(x_ptr, stride_xm, rows, places < end, offs_c, C)
+                w = _weight_tile(cell_ptr, offs_r, offs_c, R, C, OF_B, ALIGNED, TYPE)
                 if DROPOUT:
                     x = tl.where(keep_mask(key1, key2, offs_c, threshold), x, 0.0)
                 acc = dot(x, tl.trans(w), acc, PRECISION)
-        if BY_COLUMN:
-            acc *= _scale(cell_ptr)
-        else:
-            acc *= inv_keep
+        acc *= _scale(cell_ptr) if OF_B else inv_keep
         # Zeros from R to MOST: what is saved has one width for all adapters.
         mask = (places < end)[:, None] & (offs_r < MOST)[None, :]
         tl.store(out_ptr + rows[:, None] * MOST + offs_r[None, :], acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def expand_kernel(
     h_ptr,
     cells_ptr,
@@ -225,14 +216,12 @@ def expand_kernel(
     ends_ptr,
     out_ptr,
     seed_ptr,
-    M,
     C,
     G,
     MOST,
     inv_keep,
     threshold,
-    MATRIX: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
+    OF_B: tl.constexpr,
     ALIGNED: tl.constexpr,
     TYPE: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -242,7 +231,7 @@ def expand_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """out[m, c] += drop(f * sum_r h[m, r] w_i[r, c]), f = s_i for the transposed B_i, else 1; out is contiguous."""
+    """out[m, c] += drop(f * sum_r h[m, r] w_i[r, c]), f = s_i for B_i, else 1; out is contiguous."""
     adapter, start, end = _find_block(ends_ptr, tl.program_id(0), G, BLOCK_M, BLOCK_G)
     if adapter < G:
         cell_ptr = cells_ptr + adapter * 5
@@ -256,11 +245,10 @@ def expand_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         for r in range(0, R, BLOCK_R):
             offs_r = r + tl.arange(0, BLOCK_R)
-            h_mask = (places < end)[:, None] & (offs_r < R)[None, :]
-            h = tl.load(h_ptr + rows[:, None] * MOST + offs_r[None, :], mask=h_mask, other=0.0)
-            w = _weight_tile(cell_ptr, offs_r, offs_c, R, C, MATRIX, BY_COLUMN, ALIGNED, TYPE)
+            h = load_rows(h_ptr, MOST, rows, places < end, offs_r, R)
+            w = _weight_tile(cell_ptr, offs_r, offs_c, R, C, OF_B, ALIGNED, TYPE)
             acc = dot(h, w, acc, PRECISION)
-        if BY_COLUMN:
+        if OF_B:
             acc *= _scale(cell_ptr)
         if DROPOUT:
             key1, key2 = row_keys(seed_ptr, rows)
@@ -285,7 +273,7 @@ def gradient_kernel(
     splits,
     inv_keep,
     threshold,
-    BY_COLUMN: tl.constexpr,
+    OF_B: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -295,7 +283,7 @@ def gradient_kernel(
 ):
     """grad_i[r, c] = f * sum over one split of the rows m of adapter i of g[m, r] drop(src)[m, c], at split * size.
 
-    BY_COLUMN: grad_i is [C, R] and f = s_i; else [R, C] and f = 1 / (1 - p). An adapter without rows gets zeros.
+    OF_B: grad_i is [C, R] and f = s_i; else [R, C] and f = 1 / (1 - p). An adapter without rows gets zeros.
     """
     adapter = tl.program_id(1) // BLOCKS_R
     block_r = tl.program_id(1) % BLOCKS_R
@@ -313,21 +301,15 @@ def gradient_kernel(
         for place in range(first, last, BLOCK_M):
             places = place + tl.arange(0, BLOCK_M)
             rows = tl.load(order_ptr + places, mask=places < last, other=0)
-            mask = (places < last)[:, None] & (offs_c < C)[None, :]
-            src = tl.load(src_ptr + rows[:, None] * stride_srcm + offs_c[None, :], mask=mask, other=0.0)
-            g_mask = (places < last)[:, None] & (offs_r < R)[None, :]
-            g = tl.load(g_ptr + rows[:, None] * MOST + offs_r[None, :], mask=g_mask, other=0.0)
+            src = load_rows(src_ptr, stride_srcm, rows, places < last, offs_c, C)
+            g = load_rows(g_ptr, MOST, rows, places < last, offs_r, R)
             if DROPOUT:
                 key1, key2 = row_keys(seed_ptr, rows)
                 src = tl.where(keep_mask(key1, key2, offs_c, threshold), src, 0.0)
             acc = dot(tl.trans(g), src, acc, PRECISION)
         at = tl.program_id(2).to(tl.int64) * size + tl.load(cell_ptr + 3) * C
-        if BY_COLUMN:
-            acc *= _scale(cell_ptr)
-            at += offs_c.to(tl.int64)[None, :] * R + offs_r[:, None]
-        else:
-            acc *= inv_keep
-            at += offs_r.to(tl.int64)[:, None] * C + offs_c[None, :]
+        at += _weight_offsets(offs_r, offs_c, R, C, OF_B)
+        acc *= _scale(cell_ptr) if OF_B else inv_keep
         tl.store(grad_ptr + at, acc, mask=(offs_r < R)[:, None] & (offs_c < C)[None, :])
 
 
@@ -339,43 +321,38 @@ def _tile(name: str, call: _Call, rows: int, precision: str, device: Device) -> 
     return t._replace(block_m=max(_LEAST_M, min(t.block_m, share, tallest)))
 
 
-def _blocks(rows: int, call: _Call, block_m: int) -> int:
-    """The most blocks that the rows can fall into: one more for each adapter that has a block that is not full."""
-    count = min(call.cells.shape[0], rows)
-    return (rows - count) // block_m + count
-
-
-def _shrink(x: Tensor, call: _Call, matrix: int, by_column: bool, drop: Dropout, precision: str) -> Tensor:
-    (m, c), count = x.shape, call.cells.shape[0]
-    t = _tile("row", call, m, precision, device_of(x))
-    out = torch.zeros((m, call.most), dtype=torch.float32, device=x.device)
+def _launch(
+    kernel: Any, t: Tile, columns: int, call: _Call, of_b: bool, drop: Dropout, precision: str,
+    src: Tensor, out: Tensor, c: int, *strides: int,
+) -> None:  # fmt: skip
+    """A pass whose programs take a block of rows of one adapter and one of the blocks of `columns`."""
+    m, count = src.shape[0], call.cells.shape[0]
+    # The most blocks that the rows can fall into: one more for each adapter that has a block that is not full.
+    partly = min(count, m)
     launch(
-        shrink_kernel, (_blocks(m, call, t.block_m), triton.cdiv(call.most, t.block_r)),
-        x, call.cells, call.rows.order, call.rows.ends, out, drop.seed, m, c, count, call.most, x.stride(0),
+        kernel, ((m - partly) // t.block_m + partly, columns),
+        src, call.cells, call.order, call.ends, out, drop.seed, c, count, call.most, *strides,
         drop.inv_keep, drop.threshold,
-        MATRIX=matrix, BY_COLUMN=by_column, ALIGNED=call.aligned, TYPE=_TYPES[call.weights], DROPOUT=drop.enabled,
-        PRECISION=precision, BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r,
-        BLOCK_G=triton.next_power_of_2(count), num_warps=t.num_warps, num_stages=t.num_stages,
+        OF_B=of_b, ALIGNED=call.aligned, TYPE=_TYPES[call.weights], DROPOUT=drop.enabled, PRECISION=precision,
+        BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r, BLOCK_G=triton.next_power_of_2(count),
+        num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
+
+
+def _shrink(x: Tensor, call: _Call, of_b: bool, drop: Dropout, precision: str) -> Tensor:
+    (m, c), t = x.shape, _tile("row", call, x.shape[0], precision, device_of(x))
+    out = torch.zeros((m, call.most), dtype=torch.float32, device=x.device)
+    blocks_r = triton.cdiv(call.most, t.block_r)
+    _launch(shrink_kernel, t, blocks_r, call, of_b, drop, precision, x, out, c, x.stride(0))
     return out
 
 
-def _expand(
-    h: Tensor, out: Tensor, call: _Call, matrix: int, by_column: bool, drop: Dropout, precision: str
-) -> None:
-    (m, c), count = out.shape, call.cells.shape[0]
-    t = _tile("expand", call, m, precision, device_of(out))
-    launch(
-        expand_kernel, (_blocks(m, call, t.block_m), triton.cdiv(c, t.block_c)),
-        h, call.cells, call.rows.order, call.rows.ends, out, drop.seed, m, c, count, call.most,
-        drop.inv_keep, drop.threshold,
-        MATRIX=matrix, BY_COLUMN=by_column, ALIGNED=call.aligned, TYPE=_TYPES[call.weights], DROPOUT=drop.enabled,
-        PRECISION=precision, BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r,
-        BLOCK_G=triton.next_power_of_2(count), num_warps=t.num_warps, num_stages=t.num_stages,
-    )  # fmt: skip
+def _expand(h: Tensor, out: Tensor, call: _Call, of_b: bool, drop: Dropout, precision: str) -> None:
+    c, t = out.shape[1], _tile("expand", call, out.shape[0], precision, device_of(out))
+    _launch(expand_kernel, t, triton.cdiv(c, t.block_c), call, of_b, drop, precision, h, out, c)
 
 
-def _gradient(src: Tensor, g: Tensor, call: _Call, drop: Dropout, precision: str, transposed: bool) -> Tensor:
+def _gradient(src: Tensor, g: Tensor, call: _Call, of_b: bool, drop: Dropout, precision: str) -> Tensor:
     (m, c), count, device = src.shape, call.cells.shape[0], device_of(src)
     t = _tile("column", call, m, precision, device)
     blocks_c, blocks_r = triton.cdiv(c, t.block_c), triton.cdiv(call.most, t.block_r)
@@ -386,9 +363,9 @@ def _gradient(src: Tensor, g: Tensor, call: _Call, drop: Dropout, precision: str
     partial = torch.empty((splits, size), dtype=torch.float32, device=src.device)
     launch(
         gradient_kernel, (blocks_c, count * blocks_r, splits),
-        src, g, call.cells, call.rows.order, call.rows.ends, partial, drop.seed, c, call.most, src.stride(0), size,
+        src, g, call.cells, call.order, call.ends, partial, drop.seed, c, call.most, src.stride(0), size,
         splits, drop.inv_keep, drop.threshold,
-        BY_COLUMN=transposed, DROPOUT=drop.enabled, PRECISION=precision,
+        OF_B=of_b, DROPOUT=drop.enabled, PRECISION=precision,
         BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r, BLOCKS_R=blocks_r,
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip

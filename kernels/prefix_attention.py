@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import Tile, keys_kernel, tile, walk, walk_back
-from ._common import Dropout, dropout_args, precision, refuse_common, round_to, row_keys
+from ._attention import Tile, keys_kernel, mask_at, query_keys, tile, walk, walk_back
+from ._common import Dropout, dropout_args, load_rows, precision, refuse_common, round_to
 from ._device import Device, Source, device_of, launch, on_device, sources
 
 MAX_WIDTH = 256
@@ -89,13 +89,9 @@ def forward_kernel(
     b = (tl.program_id(1) // Hq).to(tl.int64)
     h = (tl.program_id(1) % Hq).to(tl.int64)
     kvh = h // GROUP
-    mask_md = (offs_m < S)[:, None] & (offs_d < D)[None, :]
-    q_tile = q_ptr + b * stride_qb + h * stride_qh + offs_m.to(tl.int64)[:, None] * stride_qs + offs_d[None, :]
-    q = tl.load(q_tile, mask=mask_md, other=0.0)
     row = (b * Hq + h) * S + offs_m
-    key1, key2 = offs_m, offs_m
-    if DROPOUT:
-        key1, key2 = row_keys(seed_ptr, row)
+    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qs, offs_m, offs_m < S, offs_d, D)
+    key1, key2 = query_keys(seed_ptr, row, DROPOUT)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -108,15 +104,14 @@ def forward_kernel(
     end = L
     if CAUSAL:
         end = min(L, (tl.program_id(0) + 1) * BLOCK_M + L - S)
-    mask_rows = mask_ptr
-    if MASK != 0:
-        mask_rows = mask_ptr + b * stride_mb + h * stride_mh + offs_m.to(tl.int64)[:, None] * stride_ms
+    mask_rows = mask_at(mask_ptr, b, h, offs_m, stride_mb, stride_mh, stride_ms, MASK)
     acc, top, total = walk(
         q, k_ptr + b * stride_kb + kvh * stride_kh, v_ptr + b * stride_vb + kvh * stride_vh, mask_rows,
         acc, top, total, key1, key2, offs_m, offs_d, S, L, D, end, T, stride_kn, stride_vn, scale, threshold,
         CAUSAL, MASK, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     acc = acc * (inv_keep / total)[:, None]
+    mask_md = (offs_m < S)[:, None] & (offs_d < D)[None, :]
     tl.store(out_ptr + row[:, None] * D + offs_d[None, :], round_to(acc, out_ptr.dtype.element_ty), mask=mask_md)
     # Apart: exp(score - log-sum-exp) would lose the digits that the score has before the point.
     tl.store(top_ptr + row, top, mask=offs_m < S)
@@ -182,20 +177,15 @@ def queries_kernel(
     b = (tl.program_id(1) // Hq).to(tl.int64)
     h = (tl.program_id(1) % Hq).to(tl.int64)
     kvh = h // GROUP
-    rows = offs_m.to(tl.int64)[:, None]
     row = (b * Hq + h) * S + offs_m
-    mask_md = (offs_m < S)[:, None] & (offs_d < D)[None, :]
-    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + rows * stride_qs + offs_d[None, :], mask=mask_md, other=0.0)
-    dout_tile = dout_ptr + b * stride_dob + h * stride_doh + rows * stride_dos + offs_d[None, :]
-    dout = tl.load(dout_tile, mask=mask_md, other=0.0)
-    out = tl.load(out_ptr + row[:, None] * D + offs_d[None, :], mask=mask_md, other=0.0)
+    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qs, offs_m, offs_m < S, offs_d, D)
+    dout = load_rows(dout_ptr + b * stride_dob + h * stride_doh, stride_dos, offs_m, offs_m < S, offs_d, D)
+    out = load_rows(out_ptr, D, row, offs_m < S, offs_d, D)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + row, delta, mask=offs_m < S)
     top = tl.load(top_ptr + row, mask=offs_m < S, other=float("inf"))
     inv_sum = 1.0 / tl.load(sum_ptr + row, mask=offs_m < S, other=1.0)
-    key1, key2 = offs_m, offs_m
-    if DROPOUT:
-        key1, key2 = row_keys(seed_ptr, row)
+    key1, key2 = query_keys(seed_ptr, row, DROPOUT)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = walk_back(
         q, dout, dq, top, inv_sum, delta, pk_ptr + b * stride_pkb + kvh * stride_pkh,
@@ -206,37 +196,52 @@ def queries_kernel(
     end = L
     if CAUSAL:
         end = min(L, (tl.program_id(0) + 1) * BLOCK_M + L - S)
-    mask_rows = mask_ptr
-    if MASK != 0:
-        mask_rows = mask_ptr + b * stride_mb + h * stride_mh + rows * stride_ms
+    mask_rows = mask_at(mask_ptr, b, h, offs_m, stride_mb, stride_mh, stride_ms, MASK)
     dq = walk_back(
         q, dout, dq, top, inv_sum, delta,
         k_ptr + b * stride_kb + kvh * stride_kh, v_ptr + b * stride_vb + kvh * stride_vh,
         mask_rows, key1, key2, offs_m, offs_d, S, L, D, end, T, stride_kn, stride_vn, scale, inv_keep, threshold,
         CAUSAL, MASK, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
+    mask_md = (offs_m < S)[:, None] & (offs_d < D)[None, :]
     tl.store(dq_ptr + row[:, None] * D + offs_d[None, :], round_to(dq * scale, dq_ptr.dtype.element_ty), mask=mask_md)
 
 
 class _Mask(NamedTuple):
-    """Launch arguments of a mask: kind (0 none, 1 bool, 2 additive), pointer, strides of batch, head and query."""
+    """What queries see: causal or not; the mask's kind (0 none, 1 bool, 2 additive), data, strides of B, H and S."""
 
+    causal: bool
     kind: int
     data: Tensor | None
     strides: tuple[int, int, int]
 
 
-def _mask_args(mask: Tensor | None) -> _Mask:
+_ALL_SEEN = _Mask(False, 0, None, (0, 0, 0))
+
+
+def _mask_of(causal: bool, mask: Tensor | None) -> _Mask:
     if mask is None:
-        return _Mask(0, None, (0, 0, 0))
+        return _ALL_SEEN._replace(causal=causal)
     if mask.stride(3) != 1 and mask.shape[3] > 1:
         mask = mask.contiguous()
     kind = 1 if mask.dtype == torch.bool else 2
-    return _Mask(kind, mask.view(torch.uint8) if kind == 1 else mask, mask.stride()[:3])
+    return _Mask(causal, kind, mask.view(torch.uint8) if kind == 1 else mask, mask.stride()[:3])
 
 
-def _block_d(d: int) -> int:
-    return max(16, triton.next_power_of_2(d))
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for t in tensors for stride in t.stride()[:3]]
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], t: Tile, q: Tensor, m: _Mask, drop: Dropout, scale: float, *args: Any
+) -> None:
+    """With the arguments that all passes end with."""
+    launch(
+        kernel, grid, *args, float(scale), drop.inv_keep, drop.threshold,
+        CAUSAL=m.causal, MASK=m.kind, DROPOUT=drop.enabled, PRECISION=precision(q.dtype, q.dtype).wide,
+        BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=max(16, triton.next_power_of_2(q.shape[3])),
+        num_warps=t.num_warps, num_stages=t.num_stages,
+    )  # fmt: skip
 
 
 def forward(
@@ -255,16 +260,12 @@ def forward(
     (b, hq, s, d), t = q.shape, _tile("forward", q)
     out = torch.empty((b, hq, s, d), dtype=q.dtype, device=q.device)
     norm = torch.empty((2, b, hq, s), dtype=torch.float32, device=q.device)
-    drop, m = dropout_args(p, seed), _mask_args(mask)
+    drop, m = dropout_args(p, seed), _mask_of(causal, mask)
     with on_device(q):
-        launch(
-            forward_kernel, (triton.cdiv(s, t.block_m), b * hq),
+        _launch(
+            forward_kernel, (triton.cdiv(s, t.block_m), b * hq), t, q, m, drop, scale,
             q, k, v, pk, pv, m.data, out, norm[0], norm[1], drop.seed,
-            hq, hq // k.shape[1], s, k.shape[2], pk.shape[2], d,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *pk.stride()[:3], *pv.stride()[:3], *m.strides,
-            float(scale), drop.inv_keep, drop.threshold,
-            CAUSAL=causal, MASK=m.kind, DROPOUT=drop.enabled, PRECISION=precision(q.dtype, q.dtype).wide,
-            BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=_block_d(d), num_warps=t.num_warps, num_stages=t.num_stages,
+            hq, hq // k.shape[1], s, k.shape[2], pk.shape[2], d, *_strides(q, k, v, pk, pv), *m.strides,
         )  # fmt: skip
     return out, norm
 
@@ -286,50 +287,26 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv in q's dtype, dpk and dpv [B, Hkv, T, D] in f32, one for each batch row)."""
     (b, hq, s, d), (hkv, length), prefix = q.shape, k.shape[1:3], pk.shape[2]
-    drop, m, t = dropout_args(p, seed), _mask_args(mask), _tile("queries", q)
+    drop, m, t = dropout_args(p, seed), _mask_of(causal, mask), _tile("queries", q)
     dq = torch.empty((b, hq, s, d), dtype=q.dtype, device=q.device)
     delta = torch.empty_like(norm[0])
     dk, dv = (torch.empty((b, hkv, length, d), dtype=q.dtype, device=q.device) for _ in range(2))
     dpk, dpv = (torch.empty((b, hkv, prefix, d), dtype=torch.float32, device=q.device) for _ in range(2))
     with on_device(q):
-        launch(
-            queries_kernel, (triton.cdiv(s, t.block_m), b * hq),
+        _launch(
+            queries_kernel, (triton.cdiv(s, t.block_m), b * hq), t, q, m, drop, scale,
             q, k, v, pk, pv, m.data, out, norm[0], norm[1], dout, dq, delta, drop.seed,
-            hq, hq // hkv, s, length, prefix, d,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *pk.stride()[:3], *pv.stride()[:3], *m.strides,
-            *dout.stride()[:3], float(scale), drop.inv_keep, drop.threshold,
-            CAUSAL=causal, MASK=m.kind, DROPOUT=drop.enabled, PRECISION=precision(q.dtype, q.dtype).wide,
-            BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=_block_d(d), num_warps=t.num_warps, num_stages=t.num_stages,
+            hq, hq // hkv, s, length, prefix, d, *_strides(q, k, v, pk, pv), *m.strides, *_strides(dout),
         )  # fmt: skip
-        _keys_pass(dout, q, k, v, m, norm, delta, dk, dv, prefix, causal, scale, drop)
-        _keys_pass(dout, q, pk, pv, _mask_args(None), norm, delta, dpk, dpv, 0, False, scale, drop)
+        t = _tile("keys", q)
+        for keys, values, dkeys, dvalues, first, seen in ((k, v, dk, dv, prefix, m), (pk, pv, dpk, dpv, 0, _ALL_SEEN)):
+            n = keys.shape[2]
+            _launch(
+                keys_kernel, (triton.cdiv(n, t.block_n), b * hkv), t, q, seen, drop, scale,
+                q, keys, values, seen.data, norm[0], norm[1], delta, dout, dkeys, dvalues, drop.seed,
+                hq, hq // hkv, s, n, d, first, *_strides(q, keys, values), *seen.strides, *_strides(dout),
+            )  # fmt: skip
     return dq, dk, dv, dpk, dpv
-
-
-def _keys_pass(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    m: _Mask,
-    norm: Tensor,
-    delta: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    first_column: int,
-    causal: bool,
-    scale: float,
-    drop: Dropout,
-) -> None:
-    (b, hq, s, d), (hkv, n), t = q.shape, k.shape[1:3], _tile("keys", q)
-    launch(
-        keys_kernel, (triton.cdiv(n, t.block_n), b * hkv),
-        q, k, v, m.data, norm[0], norm[1], delta, dout, dk, dv, drop.seed, hq, hq // hkv, s, n, d, first_column,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *m.strides, *dout.stride()[:3],
-        float(scale), drop.inv_keep, drop.threshold,
-        CAUSAL=causal, MASK=m.kind, DROPOUT=drop.enabled, PRECISION=precision(q.dtype, q.dtype).wide,
-        BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=_block_d(d), num_warps=t.num_warps, num_stages=t.num_stages,
-    )  # fmt: skip
 
 
 def aot_sources(device: Device) -> Iterator[Source]:

@@ -1,4 +1,4 @@
-"""The contract of a method, and the module that wraps a target: written once for all methods.
+"""The contract of a method: its configuration, its shape, and what everything above may ask of it.
 
 A method is a class with a frozen-dataclass `Config` and one of three shapes: `LayerAdapter` wraps one module,
 `PromptAdapter` adds rows in front of the sequence (`KeyValueAdapter`: of the keys and values), `Selection` names
@@ -14,7 +14,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from peftkern import rows, targets
@@ -151,6 +150,22 @@ class LayerConfig(AdapterConfig):
     def for_target(self, path: str) -> LayerConfig:
         """The configuration that holds for one target; patterns over module names are resolved here."""
         return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig(AdapterConfig):
+    """Fields of methods that put rows in front: num_virtual_tokens is T, the others describe the backbone."""
+
+    num_virtual_tokens: int = 20
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.num_virtual_tokens > 0, "num_virtual_tokens", "an integer > 0")
+        self.require(self.num_transformer_submodules in (None, 1), "num_transformer_submodules", "1")
 
 
 class Method:
@@ -320,90 +335,6 @@ class Selection(Method):
     def select(cls, model: nn.Module, config: Any) -> list[str]:
         """Names of the parameters, as in `model.named_parameters()`, that train and are saved."""
         raise TypeError(f"{cls.__name__} does not override select")
-
-
-class AdaptedModule(nn.Module):
-    """Stands where the target stood: the base module, its adapters by name, and which of them are active.
-
-    Several active adapters are nested in the order of activation: the base that a later one sees holds the earlier.
-    In a mixed batch (`batch.rows`) each row goes through the one adapter that it names, whatever is active.
-    """
-
-    def __init__(self, base_layer: nn.Module, path: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.adapters = nn.ModuleDict()
-        self.base = BaseLayer(base_layer, path)
-        self.active: tuple[str, ...] = ()
-        self.unmerged: dict[str, nn.Parameter] | None = None
-        self.batch = rows.Batch()
-        self.train(base_layer.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The base's output with every active adapter applied."""
-        mixed = self.batch.rows
-        if mixed is not None:
-            return rows.forward(self, mixed, x)
-        call: Callable[[Tensor], Tensor] = self.base
-        if self.unmerged is not None or not self.active:
-            return call(x)
-        adapters = self._modules["adapters"]._modules  # type: ignore[union-attr]  # attribute look-ups cost microseconds
-        for name in self.active[:-1]:
-            call = _Adapted(adapters[name], call)  # type: ignore[arg-type]
-        y: Tensor = adapters[self.active[-1]](call, x)  # type: ignore[misc]
-        return y
-
-    def merged_weights(self) -> dict[str, nn.Parameter]:
-        """New base parameters with the active adapters folded in, computed in f32 or wider; nothing is changed."""
-        self.base.check_mergeable()
-        weight, bias = self.base.weight.detach(), self.base.bias
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        weight, bias = weight.to(dtype), None if bias is None else bias.detach().to(dtype)
-        with torch.no_grad():
-            for name in self.active:
-                weight, bias = self.adapters[name].merge(weight, bias)  # type: ignore[operator]
-        new = self.base.with_weights(weight, bias)
-        if not all(bool(parameter.isfinite().all()) for parameter in new.values()):
-            raise MergeError(
-                f"{self.base.path}: the merged weight is not finite in {self.base.weight.dtype}; "
-                f"look for NaN and large values in {self.active}"
-            )
-        return new
-
-    def set_base_weights(self, new: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Put parameters into the base module and return those that were there."""
-        old = self.base.weights()
-        for key, parameter in new.items():
-            setattr(self.base_layer, key, parameter)
-        return {key: old[key] for key in new}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedModule:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for parameter in (self.unmerged or {}).values():  # kept aside, and so not a parameter of any module
-            parameter.data = fn(parameter.data)
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("base_layer", "adapters", "base"):
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
-
-
-class _Adapted:
-    """A base seen through one more adapter; it has no plain linear inside, so that fused ops use its output."""
-
-    linear = None
-    __slots__ = ("_adapter", "_base")
-
-    def __init__(self, adapter: nn.Module, base: Callable[[Tensor], Tensor]) -> None:
-        self._adapter, self._base = adapter, base
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = self._adapter(self._base, x)
-        return out
 
 
 class InputTap(nn.Module):

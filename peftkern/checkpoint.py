@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from peftkern import registry, targets
 from peftkern.adapter import AdapterConfig, LayerAdapter, LayerConfig, PromptAdapter, Selection
-from peftkern.attach import Plan, _known, adapted_modules
+from peftkern.attachment import adapted_modules, known
 from peftkern.base import is_sharded
 from peftkern.errors import AdapterError, CheckpointError, ConfigError, TargetError, UnknownMethodError
+from peftkern.plan import Plan
 
 M = TypeVar("M", bound=nn.Module)
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -48,7 +49,7 @@ def parameters(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 
     Raises AdapterError for an unknown name, and for an adapter that brings base weights of its own while it is merged.
     """
-    attachment = _known(model, name)
+    attachment = known(model, name)
     if name in attachment.merged and attachment.carried[name]:
         raise AdapterError(f"adapter {name!r} brings weights of the backbone and is merged into them: unmerge first")
     config = attachment.configs[name]
@@ -57,7 +58,7 @@ def parameters(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 
 def tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """Key in a file -> tensor of one adapter as it is saved: its parameters, or what an adapter makes of them."""
-    attachment = _known(model, name)
+    attachment = known(model, name)
     found: dict[str, Tensor] = dict(parameters(model, name))
     if (prompt := attachment.prompt(name)) is not None:
         config = attachment.configs[name]
@@ -69,7 +70,7 @@ def tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 
 def described(model: nn.Module, name: str = "default") -> AdapterConfig:
     """The configuration as it is written: what depends on the model (default targets, task heads) is spelt out."""
-    config = _known(model, name).configs[name].stored()
+    config = known(model, name).configs[name].stored()
     where = config.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None) or None
     paths = [path for path, _ in targets.named_modules(model)]
     heads = targets.TASK_HEADS if config.task_type in targets.HEAD_TASKS else ()
@@ -137,7 +138,7 @@ def restore(model: M, directory_or_hub_id: str | Path, name: str = "default", *,
 
     Optimizers keep the parameters they know. Raises as `load` does; AdapterError for an unknown name and while merged.
     """
-    attachment = _known(model, name)
+    attachment = known(model, name)
     if attachment.merged:
         raise AdapterError(f"adapters {list(attachment.merged)} are merged: unmerge before loading weights")
     directory = find(directory_or_hub_id, revision)

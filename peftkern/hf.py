@@ -20,10 +20,7 @@ from torch import Tensor, nn
 from peftkern import checkpoint, registry
 from peftkern.adapter import AdapterConfig, PromptAdapter
 from peftkern.attach import (
-    Plan,
-    _state,
     active_adapters,
-    adapted_modules,
     adapters,
     detach,
     disabled,
@@ -32,9 +29,11 @@ from peftkern.attach import (
     set_adapter,
     unmerge,
 )
+from peftkern.attachment import adapted_modules, attached
 from peftkern.errors import AdapterError, CheckpointError, ConfigError, UnknownMethodError
 from peftkern.fusing import FuseReport, fuse, unfuse
 from peftkern.mixing import mixed
+from peftkern.plan import Plan
 
 __all__ = ["FuseReport", "PeftConfig", "PeftModel", "TaskType", "fuse", "get_peft_model", "unfuse"]
 
@@ -228,7 +227,7 @@ class PeftModel(nn.Module):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters, and no others, active: trainable, or frozen with `inference_mode`."""
         model, names = self.get_base_model(), [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        attachment = _state(model)
+        attachment = attached(model)
         known = {name for name in names if name in attachment.configs}
         before = set(attachment.trainable)
         attachment.trainable = before - known if inference_mode else before | known

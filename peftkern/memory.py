@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.attach import disabled, state
+from peftkern.attach import disabled
+from peftkern.attachment import state
 
 ADAM_STATES = 2
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from peftkern.attach import Attachment, _activate, _known, _state
+from peftkern.attachment import Attachment, activate, attached, known
 from peftkern.errors import AdapterError, MergeError
 from peftkern.rows import BASE, Batch, Rows
 
@@ -29,13 +29,13 @@ def mixed(model: M, adapter_names: Sequence[str], *, expand: Sequence[int] = ())
     others, for an adapter that trains parameters of the backbone itself, and when adapters are merged; in the first
     adapted module when the number of names is not the batch's number of rows.
     """
-    attachment = _state(model)
+    attachment = attached(model)
     _check(model, attachment, adapter_names)
     rows = attachment.batch.of(adapter_names, expand)
     active = attachment.active
     kept = tuple(name for name in active if not _is_global(attachment, name))
     if kept != active:
-        _activate(model, kept)
+        activate(model, kept)
     try:
         with attachment.batch.set(rows, attachment.batch.off), _checkpointed(model, attachment.batch, rows):
             yield model
@@ -43,7 +43,7 @@ def mixed(model: M, adapter_names: Sequence[str], *, expand: Sequence[int] = ())
         for tap in attachment.taps.values():
             tap.value = None  # type: ignore[assignment]
         if kept != active:
-            _activate(model, active)
+            activate(model, active)
 
 
 def _check(model: nn.Module, attachment: Attachment, names: Sequence[str]) -> None:
@@ -55,7 +55,7 @@ def _check(model: nn.Module, attachment: Attachment, names: Sequence[str]) -> No
         if name == BASE:
             continue
         try:
-            _known(model, name)
+            known(model, name)
         except AdapterError as error:
             raise AdapterError(f"adapter_names: {error}; {BASE!r} is a row without adapter") from error
         if attachment.hooks is not None and name in attachment.hooks.prompts:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftkern import ops, targets
 from peftkern.adapter import LayerAdapter, LayerConfig, kaiming_
-from peftkern.base import BaseLayer, is_sharded
+from peftkern.base import BaseLayer, adapter_dtype, is_sharded
 from peftkern.errors import TargetError
 
 
@@ -94,9 +94,9 @@ class LoRA(LayerAdapter):
     def __init__(self, base: BaseLayer, config: LoraConfig) -> None:
         super().__init__(base, config)
         n, k, r = base.out_features, base.in_features, config.r
-        weight = base.weight
-        self.a = nn.Parameter(weight.new_empty(r, k, dtype=_float(weight)))
-        self.b = nn.Parameter(weight.new_zeros(n, r, dtype=_float(weight)))
+        weight, dtype = base.weight, adapter_dtype(base.weight.dtype)
+        self.a = nn.Parameter(weight.new_empty(r, k, dtype=dtype))
+        self.b = nn.Parameter(weight.new_zeros(n, r, dtype=dtype))
         self.scale = config.lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.p = 0.0 if base.is_embedding else config.lora_dropout
         self.is_embedding, self.embed_scale = base.is_embedding, base.embed_scale
@@ -205,9 +205,3 @@ def _weights(adapters: Sequence[LoRA], name: str) -> list[Tensor]:
         return [adapter._parameters[name] for adapter in adapters]  # type: ignore[misc]
     except KeyError:  # parametrised
         return [getattr(adapter, name) for adapter in adapters]
-
-
-def _float(weight: Tensor) -> Any:
-    from peftkern.base import adapter_dtype
-
-    return adapter_dtype(weight.dtype)

@@ -9,34 +9,26 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkern.adapter import AdapterConfig, KeyValueAdapter, PromptSite
+from peftkern.adapter import KeyValueAdapter, PromptConfig, PromptSite
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixTuningConfig(AdapterConfig):
+class PrefixTuningConfig(PromptConfig):
     """Fields as Hugging Face PEFT's PrefixTuningConfig.
 
-    num_virtual_tokens: T. prefix_projection: train the prefix through an MLP of encoder_hidden_size (the width of the
-    keys unless given), which is dropped on saving. init_weights: None (standard normal) or "zero". token_dim,
-    num_layers, num_attention_heads and num_transformer_submodules describe the backbone's keys and values; others than
-    the backbone's raise ConfigError.
+    prefix_projection: train the prefix through an MLP of encoder_hidden_size (the width of the keys unless given),
+    which is dropped on saving. init_weights: None (standard normal) or "zero". token_dim, num_layers and
+    num_attention_heads describe the backbone's keys and values; others than the backbone's raise ConfigError.
     """
 
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
 
-    num_virtual_tokens: int = 20
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
     init_weights: str | None = None
-    token_dim: int | None = None
-    num_transformer_submodules: int | None = None
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.num_virtual_tokens > 0, "num_virtual_tokens", "an integer > 0")
-        self.require(self.num_transformer_submodules in (None, 1), "num_transformer_submodules", "1")
         self.require(self.init_weights in (None, "zero"), "init_weights", "None or 'zero'")
         self.require((self.encoder_hidden_size or 1) > 0, "encoder_hidden_size", "None or an integer > 0")
 

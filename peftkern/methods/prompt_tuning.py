@@ -9,39 +9,31 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftkern.adapter import AdapterConfig, PromptAdapter, PromptSite
+from peftkern.adapter import PromptAdapter, PromptConfig, PromptSite
 from peftkern.base import adapter_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptTuningConfig(AdapterConfig):
+class PromptTuningConfig(PromptConfig):
     """Fields as Hugging Face PEFT's PromptTuningConfig.
 
-    num_virtual_tokens: T. prompt_tuning_init: "RANDOM" (standard normal), "SAMPLE_VOCAB" (embeddings of T random
-    tokens) or "TEXT" (embeddings of prompt_tuning_init_text, tokenised by tokenizer_name_or_path, made to fit T).
-    token_dim, num_layers, num_attention_heads and num_transformer_submodules describe the backbone; a token_dim that
-    is not the backbone's raises TargetError.
+    prompt_tuning_init: "RANDOM" (standard normal), "SAMPLE_VOCAB" (embeddings of T random tokens) or "TEXT" (embeddings
+    of prompt_tuning_init_text, tokenised by tokenizer_name_or_path, made to fit T). A token_dim that is not the
+    backbone's raises ConfigError.
     """
 
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
 
-    num_virtual_tokens: int = 20
     prompt_tuning_init: str = "RANDOM"
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
-    token_dim: int | None = None
-    num_transformer_submodules: int | None = None
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(
             self, "prompt_tuning_init", getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)
         )
-        self.require(self.num_virtual_tokens > 0, "num_virtual_tokens", "an integer > 0")
-        self.require(self.num_transformer_submodules in (None, 1), "num_transformer_submodules", "1")
         self.one_of("prompt_tuning_init", ("RANDOM", "SAMPLE_VOCAB", "TEXT"))
         if self.prompt_tuning_init == "TEXT":
             self.require(bool(self.prompt_tuning_init_text), "prompt_tuning_init_text", "a text for init TEXT")

@@ -13,6 +13,7 @@ from torch import Tensor
 from peftkern.errors import near
 from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, rows
+from peftkern.ops._operands import chained
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -240,17 +241,16 @@ def _check(
     residual: Tensor | None,
     activation: str,
 ) -> None:
-    wide, narrow, back = x.shape, down.shape, up.shape
-    if len(narrow) != 2 or len(back) != 2 or len(wide) < 1 or wide[-1] != narrow[1] or narrow[0] != back[1]:
-        shapes = f"x {tuple(wide)}, down {tuple(narrow)}, up {tuple(back)}"
+    if not chained(x, down, up):
+        shapes = f"x {tuple(x.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)}"
         raise ValueError(f"{shapes}: want x [..., K], down [R, K], up [N, R]")
-    r, n = narrow[0], back[0]
+    n, r = up.shape
     if down_bias is not None and down_bias.shape != (r,):
         raise ValueError(f"down_bias {tuple(down_bias.shape)}: want [R] = {(r,)}")
     if up_bias is not None and up_bias.shape != (n,):
         raise ValueError(f"up_bias {tuple(up_bias.shape)}: want [N] = {(n,)}")
-    if residual is not None and residual.shape != (*wide[:-1], n):
-        raise ValueError(f"residual {tuple(residual.shape)}: want [..., N] = {(*wide[:-1], n)}")
+    if residual is not None and residual.shape != (*x.shape[:-1], n):
+        raise ValueError(f"residual {tuple(residual.shape)}: want [..., N] = {(*x.shape[:-1], n)}")
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation {activation!r}{near(activation, ACTIVATIONS)}: want one of {', '.join(ACTIVATIONS)}"

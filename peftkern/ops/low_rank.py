@@ -14,6 +14,7 @@ from torch import Tensor
 from peftkern import dispatch
 from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, requires_grad, rows, tracked
+from peftkern.ops._operands import chained, check_base
 from peftkern.ops._scales import epilogue, operands, unfolded
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
@@ -395,23 +396,19 @@ def _check(
     rank_scale: Tensor | None,
     update_scale: Tensor | None,
 ) -> None:
-    wide, down, up = x.shape, a.shape, b.shape
-    if len(down) != 2 or len(up) != 2 or len(wide) < 1 or wide[-1] != down[1] or down[0] != up[1]:
+    if not chained(x, a, b):
         raise ValueError(
             f"x {tuple(x.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}: want x [..., K], a [R, K], b [N, R]"
         )
-    n, k = up[0], down[1]
-    if weight is not None and weight.shape != (n, k):
-        raise ValueError(f"weight {tuple(weight.shape)}: want [N, K] = {(n, k)}")
+    n, r = b.shape
+    check_base(x.shape[:-1], a.shape[1], n, weight, base_out)
     inside = weight is not None or (base_out is not None and column_scale is not None)
     if bias is not None and (not inside or bias.shape != (n,)):
         raise ValueError(
             f"bias {tuple(bias.shape)}: want [N] = {(n,)}, together with weight, or with base_out and column_scale"
         )
-    if base_out is not None and (weight is not None or base_out.shape != (*x.shape[:-1], n)):
-        raise ValueError(f"base_out {tuple(base_out.shape)}: want {(*x.shape[:-1], n)}, without weight")
     for name, vector, size in (
-        ("column_scale", column_scale, n), ("rank_scale", rank_scale, up[1]), ("update_scale", update_scale, n),
+        ("column_scale", column_scale, n), ("rank_scale", rank_scale, r), ("update_scale", update_scale, n),
     ):  # fmt: skip
         if vector is not None and vector.shape != (size,):
             raise ValueError(f"{name} {tuple(vector.shape)}: want {(size,)}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from peftkern.ops._adapters import table
 from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autocast_dtype, autograd, choose, kernel, requires_grad, rows
+from peftkern.ops._operands import check_base
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
 
@@ -266,12 +267,9 @@ def _check(
             f"index {index.dtype} {tuple(index.shape)}: want int64 in the shape of x's leading dimensions "
             f"{tuple(lead)} or of the first of them"
         )
-    if weight is not None and weight.shape != (n, k):
-        raise ValueError(f"weight {tuple(weight.shape)}: want [N, K] = {(n, k)}")
+    check_base(lead, k, n, weight, base_out)
     if bias is not None and (weight is None or bias.shape != (n,)):
         raise ValueError(f"bias {tuple(bias.shape)}: want [N] = {(n,)}, together with weight")
-    if base_out is not None and (weight is not None or base_out.shape != (*lead, n)):
-        raise ValueError(f"base_out {tuple(base_out.shape)}: want {(*lead, n)}, without weight")
     return least
 
 

@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autograd, choose, kernel
+from peftkern.ops._operands import chained
 
 
 def reference(weight: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -181,11 +182,7 @@ _differentiable = autograd(
 
 
 def _check(weight: Tensor, a: Tensor, b: Tensor) -> None:
-    if weight.dim() != 2 or a.dim() != 2 or b.dim() != 2 or weight.shape != (b.shape[0], a.shape[1]):
-        ok = False
-    else:
-        ok = a.shape[0] == b.shape[1]
-    if not ok:
+    if weight.dim() != 2 or not chained(weight, a, b) or weight.shape[0] != b.shape[0]:
         shapes = f"weight {tuple(weight.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}"
         raise ValueError(f"{shapes}: want weight [N, K], a [R, K], b [N, R]")
 

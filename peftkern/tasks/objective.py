@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from peftkern.attach import state
+from peftkern.attachment import state
 from peftkern.tasks.encode import PLAIN
 from peftkern.tasks.templates import Template, Verbalizer, positions
 

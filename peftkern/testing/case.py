@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from peftkern import registry
 from peftkern.adapter import AdapterConfig, Method
-from peftkern.attach import active_adapters, adapters, attach, state
+from peftkern.attach import active_adapters, adapters, attach
+from peftkern.attachment import state
 from peftkern.errors import TargetError
 from peftkern.testing.models import TinyModel
 

@@ -22,9 +22,9 @@ from peftkern.attach import (
     merge,
     merge_and_unload,
     set_adapter,
-    state,
     unmerge,
 )
+from peftkern.attachment import state
 from peftkern.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from peftkern.testing.case import (
     Case,

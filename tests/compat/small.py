@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +118,31 @@ def shake(model: nn.Module, seed: int = 1) -> nn.Module:
     return model
 
 
+def saved_by_peft(peft, model: nn.Module, config, directory: Path, adapter: str = "default") -> nn.Module:
+    """The model with an adapter built, shaken and saved by PEFT."""
+    theirs = shake(peft.get_peft_model(model, config, adapter_name=adapter)).eval()
+    theirs.save_pretrained(directory)
+    return theirs
+
+
+def to_peft(
+    peft, name: str, directory: Path, adapter: str = "default", dtype: torch.dtype = torch.float32, prompt: bool = False
+) -> nn.Module:
+    """PEFT's reading of a directory, in which it must find nothing that it does not know.
+
+    PEFT loads prompts and prefixes frozen; for the comparison they train.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*([Uu]nexpected|missing|mismatch)")
+        theirs = peft.PeftModel.from_pretrained(
+            build(name, dtype), directory, adapter_name=adapter, is_trainable=not prompt
+        ).eval()
+    if prompt:
+        for path, parameter in theirs.named_parameters():
+            parameter.requires_grad_(path.startswith("prompt_encoder") or "modules_to_save" in path)
+    return theirs
+
+
 def their_parameters(model: nn.Module, name: str = "default", prompt: bool = False) -> dict[str, nn.Parameter]:
     """Key in a file -> trainable parameter of a model that PEFT built: from PEFT's names, not from its saving."""
     found = {}
@@ -158,6 +184,18 @@ def assert_same_step(ours, theirs, inputs, name: str = "default", prompt: bool =
     their_out, their_grads = gradients(theirs, their_parameters(theirs, name, prompt), inputs)
     assert_same(our_out, their_out)
     assert_same(our_grads, their_grads)
+
+
+def assert_as_near_as_peft(ours, theirs, exact, inputs, slack: float = 1e-3, prompt: bool = False) -> None:
+    """Outputs and gradients in half precision: against `exact`, in f32, ours may be off by twice what PEFT is."""
+    want = gradients(exact, our_parameters(exact), inputs)
+    got = gradients(ours, our_parameters(ours), inputs)
+    peer = gradients(theirs, their_parameters(theirs, prompt=prompt), inputs)
+    for mine, reference, other in zip(got, want, peer, strict=True):
+        assert mine.keys() == other.keys()
+        for key, truth in reference.items():
+            budget = 2 * (other[key].float() - truth).norm() + slack * truth.norm()
+            assert (mine[key].float() - truth).norm() <= budget, key
 
 
 def stored(directory: Path) -> dict[str, tuple[int, ...]]:

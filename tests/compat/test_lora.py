@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 
 import pytest
 import torch
@@ -12,15 +11,18 @@ from hypothesis import strategies as st
 
 import peftkern as pk
 from tests.compat.small import (
+    assert_as_near_as_peft,
     assert_same,
     assert_same_step,
     batch,
     build,
     gradients,
     our_parameters,
+    saved_by_peft,
     shake,
     stored,
     their_parameters,
+    to_peft,
 )
 
 LAYER = r"model\.layers\.2\.self_attn\.o_proj"
@@ -115,17 +117,7 @@ def options(case: str) -> tuple[str, dict]:
 
 def from_peft(peft, name, changes, directory, adapter="default", dtype=torch.float32):
     """A model and its adapter built, shaken and saved by PEFT."""
-    theirs = peft.get_peft_model(build(name, dtype), peft.LoraConfig(**changes), adapter_name=adapter)
-    shake(theirs).eval().save_pretrained(directory)
-    return theirs
-
-
-def to_peft(peft, name, directory, adapter="default", dtype=torch.float32):
-    """PEFT's reading of a directory, in which it must find nothing that it does not know."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*([Uu]nexpected|missing|mismatch)")
-        model = build(name, dtype)
-        return peft.PeftModel.from_pretrained(model, directory, adapter_name=adapter, is_trainable=True).eval()
+    return saved_by_peft(peft, build(name, dtype), peft.LoraConfig(**changes), directory, adapter)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -202,21 +194,13 @@ def test_any_configuration_round_trips(peft, tmp_path_factory, drawn):
 
 @pytest.mark.parametrize("case", ["rslora", "conv1d", "embedding-bert", "sequence-bert", "dora-bias", "dora-conv1d"])
 def test_f32_adapters_over_a_bf16_base(peft, case, tmp_path):
-    """Against the same weights in f32, ours may be off by twice what PEFT is."""
     name, changes = options(case)
     theirs = from_peft(peft, name, changes, tmp_path, dtype=torch.bfloat16)
     ours = pk.load(build(name, torch.bfloat16), tmp_path, trainable=True)
     exact = pk.load(build(name, torch.bfloat16).float(), tmp_path, trainable=True)
     lora = {key: p.dtype for key, p in our_parameters(ours).items() if "lora_" in key}
     assert set(lora.values()) == {torch.float32}
-    want = gradients(exact, our_parameters(exact), batch(name))
-    got = gradients(ours, our_parameters(ours), batch(name))
-    peer = gradients(theirs, their_parameters(theirs), batch(name))
-    for mine, reference, other in zip(got, want, peer, strict=True):
-        assert mine.keys() == other.keys()
-        for key, truth in reference.items():
-            budget = 2 * (other[key].float() - truth).norm() + 1e-3 * truth.norm()
-            assert (mine[key].float() - truth).norm() <= budget, key
+    assert_as_near_as_peft(ours, theirs, exact, batch(name))
     merged = pk.merge_and_unload(ours), theirs.merge_and_unload(), pk.merge_and_unload(exact)
     states = [model.state_dict() for model in merged]
     for key, truth in states[2].items():

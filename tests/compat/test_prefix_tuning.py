@@ -12,15 +12,18 @@ from transformers import LlamaModel
 import peftkern as pk
 from peftkern import checkpoint
 from tests.compat.small import (
+    assert_as_near_as_peft,
     assert_same,
     assert_same_step,
     batch,
     build,
     gradients,
     our_parameters,
+    saved_by_peft,
     shake,
     stored,
     their_parameters,
+    to_peft,
 )
 
 T = 5
@@ -47,19 +50,7 @@ def skip_where_peft_cannot(task: str) -> None:
 
 def from_peft(peft, name, task, directory, dtype=torch.float32, **changes):
     config = peft.PrefixTuningConfig(num_virtual_tokens=T, task_type=task, **changes)
-    theirs = shake(peft.get_peft_model(build(name, dtype), config)).eval()
-    theirs.save_pretrained(directory)
-    return theirs
-
-
-def to_peft(peft, name, directory):
-    """PEFT loads prefixes frozen; for the comparison they train."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*([Uu]nexpected|missing|mismatch)")
-        theirs = peft.PeftModel.from_pretrained(build(name), directory).eval()
-    for path, parameter in theirs.named_parameters():
-        parameter.requires_grad_(path.startswith("prompt_encoder") or "modules_to_save" in path)
-    return theirs
+    return saved_by_peft(peft, build(name, dtype), config, directory)
 
 
 @pytest.mark.parametrize("padding", [None, "right", "left"])
@@ -77,7 +68,7 @@ def test_ours_loads_there(peft, case, tmp_path):
     name, task = CASES[case]
     ours = shake(pk.attach(build(name), pk.PrefixTuningConfig(num_virtual_tokens=T, task_type=task)))
     pk.save(ours, tmp_path / "ours")
-    theirs = to_peft(peft, name, tmp_path / "ours")
+    theirs = to_peft(peft, name, tmp_path / "ours", prompt=True)
     assert_same(our_parameters(ours), their_parameters(theirs, prompt=True), rtol=0, atol=0)
     from_peft(peft, name, task, tmp_path / "theirs")
     assert stored(tmp_path / "ours") == stored(tmp_path / "theirs")
@@ -109,7 +100,7 @@ def test_projection_trains_alike_and_is_dropped_from_files(peft, name, tmp_path)
     for directory in ("ours", "theirs"):
         loaded = pk.load(build(name), tmp_path / directory, trainable=True)
         assert_same(gradients(loaded, our_parameters(loaded), inputs)[0], our_out)
-    again = to_peft(peft, name, tmp_path / "ours")
+    again = to_peft(peft, name, tmp_path / "ours", prompt=True)
     assert_same(gradients(again, their_parameters(again, prompt=True), inputs)[0], our_out)
 
 
@@ -118,13 +109,7 @@ def test_a_bf16_base(peft, tmp_path):
     ours = pk.load(build("llama", torch.bfloat16), tmp_path, trainable=True)
     exact = pk.load(build("llama", torch.bfloat16).float(), tmp_path, trainable=True)
     assert our_parameters(ours)["prompt_embeddings"].dtype == torch.float32
-    want = gradients(exact, our_parameters(exact), batch("llama"))
-    got = gradients(ours, our_parameters(ours), batch("llama"))
-    peer = gradients(theirs, their_parameters(theirs, prompt=True), batch("llama"))
-    for mine, reference, other in zip(got, want, peer, strict=True):
-        for key, truth in reference.items():
-            budget = 2 * (other[key].float() - truth).norm() + 1e-3 * truth.norm()
-            assert (mine[key].float() - truth).norm() <= budget, key
+    assert_as_near_as_peft(ours, theirs, exact, batch("llama"), prompt=True)
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no-cache"])

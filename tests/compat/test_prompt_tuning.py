@@ -13,15 +13,17 @@ from transformers import PreTrainedTokenizerFast
 import peftkern as pk
 from peftkern import checkpoint
 from tests.compat.small import (
+    assert_as_near_as_peft,
     assert_same,
     assert_same_step,
     batch,
     build,
-    gradients,
     our_parameters,
+    saved_by_peft,
     shake,
     stored,
     their_parameters,
+    to_peft,
 )
 
 T = 5
@@ -37,19 +39,7 @@ STRIPPED = {"tokens": ("bert-token", "TOKEN_CLS"), "features": ("bert", "FEATURE
 
 def from_peft(peft, name, task, directory, dtype=torch.float32, **changes):
     config = peft.PromptTuningConfig(num_virtual_tokens=T, task_type=task, **changes)
-    theirs = shake(peft.get_peft_model(build(name, dtype), config)).eval()
-    theirs.save_pretrained(directory)
-    return theirs
-
-
-def to_peft(peft, name, directory):
-    """PEFT loads prompts frozen; for the comparison they train."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*([Uu]nexpected|missing|mismatch)")
-        theirs = peft.PeftModel.from_pretrained(build(name), directory).eval()
-    for path, parameter in theirs.named_parameters():
-        parameter.requires_grad_(path.startswith("prompt_encoder") or "modules_to_save" in path)
-    return theirs
+    return saved_by_peft(peft, build(name, dtype), config, directory)
 
 
 @pytest.mark.parametrize("padding", [None, "right"])
@@ -66,7 +56,7 @@ def test_ours_loads_there(peft, case, tmp_path):
     name, task = (CASES | STRIPPED)[case]
     ours = shake(pk.attach(build(name), pk.PromptTuningConfig(num_virtual_tokens=T, task_type=task)))
     pk.save(ours, tmp_path / "ours")
-    theirs = to_peft(peft, name, tmp_path / "ours")
+    theirs = to_peft(peft, name, tmp_path / "ours", prompt=True)
     if case in CASES:
         assert_same_step(ours, theirs, batch(name), prompt=True)
     assert_same(our_parameters(ours), their_parameters(theirs, prompt=True), rtol=0, atol=0)
@@ -106,13 +96,7 @@ def test_a_bf16_base(peft, tmp_path):
     ours = pk.load(build("llama", torch.bfloat16), tmp_path, trainable=True)
     exact = pk.load(build("llama", torch.bfloat16).float(), tmp_path, trainable=True)
     assert our_parameters(ours)["prompt_embeddings"].dtype == torch.float32
-    want = gradients(exact, our_parameters(exact), batch("llama"))
-    got = gradients(ours, our_parameters(ours), batch("llama"))
-    peer = gradients(theirs, their_parameters(theirs, prompt=True), batch("llama"))
-    for mine, reference, other in zip(got, want, peer, strict=True):
-        for key, truth in reference.items():
-            budget = 2 * (other[key].float() - truth).norm() + 1e-3 * truth.norm()
-            assert (mine[key].float() - truth).norm() <= budget, key
+    assert_as_near_as_peft(ours, theirs, exact, batch("llama"), prompt=True)
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no-cache"])

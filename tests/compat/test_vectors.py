@@ -10,15 +10,16 @@ import torch
 
 import peftkern as pk
 from tests.compat.small import (
+    assert_as_near_as_peft,
     assert_same,
     assert_same_step,
     batch,
     build,
-    gradients,
     our_parameters,
+    saved_by_peft,
     shake,
     stored,
-    their_parameters,
+    to_peft,
 )
 
 FF = {"init_ia3_weights": False, "feedforward_modules": ["down_proj"]}
@@ -72,16 +73,7 @@ def configuration(library, case):
 def from_peft(peft, case, directory):
     """A model and its adapter built, shaken and saved by PEFT."""
     name, config = configuration(peft, case)
-    theirs = peft.get_peft_model(build(name), config)
-    shake(theirs).eval().save_pretrained(directory)
-    return theirs
-
-
-def to_peft(peft, name, directory, adapter="default"):
-    """PEFT's reading of a directory, in which it must find nothing that it does not know."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*([Uu]nexpected|missing|mismatch)")
-        return peft.PeftModel.from_pretrained(build(name), directory, adapter_name=adapter, is_trainable=True).eval()
+    return saved_by_peft(peft, build(name), config, directory)
 
 
 @pytest.fixture(autouse=True)
@@ -124,14 +116,7 @@ def test_a_bf16_backbone_is_at_least_as_near_to_f32_as_theirs(peft, case, tmp_pa
     ours = pk.load(build(name, torch.bfloat16), tmp_path, trainable=True)
     exact = pk.load(build(name, torch.bfloat16).float(), tmp_path, trainable=True)
     assert {p.dtype for p in our_parameters(ours).values()} == {torch.float32}
-    want = gradients(exact, our_parameters(exact), batch(name))
-    got = gradients(ours, our_parameters(ours), batch(name))
-    peer = gradients(theirs, their_parameters(theirs), batch(name))
-    for mine, reference, other in zip(got, want, peer, strict=True):
-        assert mine.keys() == other.keys()
-        for key, truth in reference.items():
-            budget = 2 * (other[key].float() - truth).norm() + 2e-2 * truth.norm()
-            assert (mine[key].float() - truth).norm() <= budget, key
+    assert_as_near_as_peft(ours, theirs, exact, batch(name), slack=2e-2)
 
 
 @pytest.mark.parametrize("case", CASES)

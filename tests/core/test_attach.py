@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import peftkern as pk
-from peftkern.attach import adapted_modules, state
+from peftkern.attachment import adapted_modules, state
 from peftkern.errors import AdapterError, TargetError
 from peftkern.testing import TinyModel, tiny_bert, tiny_gpt2, tiny_llama, token_batch, unchanged
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import peftkern as pk
-from peftkern.attach import adapted_modules, state
+from peftkern.attachment import adapted_modules, state
 from peftkern.errors import ConfigError, TargetError
 from peftkern.testing import TinyModel, tiny_bert, tiny_gpt2, tiny_llama, token_batch, unchanged
 

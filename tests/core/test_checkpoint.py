@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import peftkern as pk
 from peftkern import checkpoint
-from peftkern.attach import state
+from peftkern.attachment import state
 from peftkern.errors import AdapterError, CheckpointError, ConfigError, UnknownMethodError
 from peftkern.testing import tiny_bert, tiny_gpt2, tiny_llama, token_batch, unchanged
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import peftkern as pk
 from peftkern import registry
 from peftkern.adapter import AdapterConfig, LayerAdapter
-from peftkern.attach import state
+from peftkern.attachment import state
 from peftkern.testing import relative_error, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 from peftkern.testing.case import move, own_parameters, switch_checkpointing
 

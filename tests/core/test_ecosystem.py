@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peftkern as pk
-from peftkern.attach import state
+from peftkern.attachment import state
 from peftkern.errors import AdapterError, MergeError
 from peftkern.testing import MODELS, TinyModel, relative_error, tiny_gpt2, tiny_llama, token_batch
 

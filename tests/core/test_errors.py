@@ -11,7 +11,7 @@ import torch
 
 import peftkern as pk
 from peftkern import dispatch, registry
-from peftkern.attach import state
+from peftkern.attachment import state
 from peftkern.errors import (
     AdapterError,
     BackendError,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import peftkern as pk
-from peftkern.attach import state
+from peftkern.attachment import state
 from peftkern.memory import saved_bytes
 from peftkern.testing import tiny_bert, tiny_gpt2, tiny_llama, token_batch
 from peftkern.testing.case import switch_checkpointing

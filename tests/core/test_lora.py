@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peftkern as pk
-from peftkern.adapter import AdaptedModule
-from peftkern.attach import adapted_modules, state
+from peftkern.adapted import AdaptedModule
+from peftkern.attachment import adapted_modules, state
 from peftkern.errors import ConfigError
 from peftkern.testing import relative_error, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 

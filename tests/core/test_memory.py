@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import peftkern as pk
-from peftkern.attach import state
+from peftkern.attachment import state
 from peftkern.memory import MemoryReport, saved_bytes
 from peftkern.testing import TinyModel, tiny_bert, tiny_gpt2, tiny_llama, token_batch, unchanged
 

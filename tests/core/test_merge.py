@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import peftkern as pk
-from peftkern.attach import adapted_modules, state
+from peftkern.attachment import adapted_modules, state
 from peftkern.errors import AdapterError, MergeError
 from peftkern.testing import TinyModel, relative_error, tiny_bert, tiny_gpt2, tiny_llama, token_batch, unchanged
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import peftkern as pk
 from peftkern import registry
 from peftkern.adapter import LayerAdapter
-from peftkern.attach import active_adapters, adapted_modules, state
+from peftkern.attach import active_adapters
+from peftkern.attachment import adapted_modules, state
 from peftkern.errors import AdapterError, MergeError, TargetError
 from peftkern.methods.lora import LoRA
 from peftkern.rows import BASE

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import peftkern as pk
-from peftkern.attach import state
+from peftkern.attachment import state
 from peftkern.errors import ConfigError, TargetError
 from peftkern.prefixing import ATTENTION, CACHE_NAMES, PrefixedCache, cache_name
 from peftkern.testing.case import switch_checkpointing, unchanged

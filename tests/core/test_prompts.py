@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import peftkern as pk
-from peftkern.attach import state
+from peftkern.attachment import state
 from peftkern.errors import ConfigError, TargetError
 from peftkern.testing import tiny_bert, tiny_gpt2, tiny_llama, token_batch, unchanged
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BertForSequenceClassification, BertModel
 
 import peftkern as pk
-from peftkern.attach import state
+from peftkern.attachment import state
 from peftkern.errors import AdapterError, ConfigError, TargetError
 from peftkern.testing import TinyModel, tiny_bert, tiny_gpt2, tiny_llama, token_batch, unchanged
 

@@ -13,8 +13,9 @@ from torch import nn
 import peftkern as pk
 from peftkern import checkpoint, ops
 from peftkern.adapter import LayerAdapter, LayerConfig
-from peftkern.attach import Plan, adapted_modules, state
+from peftkern.attachment import adapted_modules, state
 from peftkern.memory import saved_bytes
+from peftkern.plan import Plan
 from peftkern.testing.models import tiny_gpt2, tiny_llama, token_batch
 
 VERA = {"r": 6, "target_modules": ["q_proj", "down_proj"], "init_weights": False}

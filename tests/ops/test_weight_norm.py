@@ -52,6 +52,8 @@ def test_nothing_as_large_as_the_weight_is_made(backend: str) -> None:
 def test_shapes_that_do_not_chain() -> None:
     with pytest.raises(ValueError, match=r"a \(2, 5\).*want weight \[N, K\]"):
         weight_norm(torch.ones(3, 4), torch.ones(2, 5), torch.ones(3, 2))
+    with pytest.raises(ValueError, match=r"b \(4, 2\): want weight \[N, K\]"):
+        weight_norm(torch.ones(3, 4), torch.ones(2, 4), torch.ones(4, 2))
 
 
 class Case:
