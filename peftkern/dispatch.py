@@ -45,8 +45,8 @@ class Backend:
 class Limit:
     """Sizes from which an op's kernels are worth their launch, as its benchmark shows.
 
-    sizes(*args, **kwargs) are the dims of a call of the op; reason(backend, dtype, **dims) says why plain PyTorch is
-    faster there, or None.
+    sizes(*args, **kwargs) are the dims of a call of the op, none where it has too few arguments to know them;
+    reason(backend, dtype, **dims) says why plain PyTorch is faster there, or None.
     """
 
     sizes: Callable[..., dict[str, int]]

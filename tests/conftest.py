@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 
 import pytest
 import torch
 
+from peftkern import dispatch
 from peftkern.testing import MODELS, TinyModel
 
 # One thread: the models are tiny, and threads that wait for each other cost more than they do.
@@ -34,3 +36,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def seeded() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def kernels_at_any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiny models run the kernels that large ones run, not the plain products that are faster at their size."""
+    monkeypatch.setattr(dispatch, "_limits", {})
+    dispatch._choose.cache_clear()
+    yield
+    dispatch._choose.cache_clear()

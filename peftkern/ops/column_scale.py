@@ -109,7 +109,9 @@ _MIXED_FROM, _SAME_FROM = 1 << 17, 1 << 19
 that plain PyTorch makes an f32 copy) and where it is not: bench/column_scale.py, 2 threads of an AMD EPYC."""
 
 
-def _sizes(x: Tensor, s: Tensor, **_: Any) -> dict[str, int]:
+def _sizes(x: Tensor, s: Tensor | None = None, **_: Any) -> dict[str, int]:
+    if s is None:
+        return {}
     return {"M": math.prod(x.shape[:-1]), "C": s.shape[0], "mixed": int(s.dtype.itemsize > x.dtype.itemsize)}
 
 

@@ -160,9 +160,11 @@ def _three_products(
 
 
 def _sizes(
-    x: Tensor, a: Tensor, b: Tensor, *, column_scale: Tensor | None = None, rank_scale: Tensor | None = None,
-    update_scale: Tensor | None = None, p: float = 0.0, **_: Any,
+    x: Tensor, a: Tensor | None = None, b: Tensor | None = None, *, column_scale: Tensor | None = None,
+    rank_scale: Tensor | None = None, update_scale: Tensor | None = None, p: float = 0.0, **_: Any,
 ) -> dict[str, int]:  # fmt: skip
+    if a is None or b is None:
+        return {}
     plain = _is_plain(x, a, b, column_scale, rank_scale, update_scale, p)
     return {"M": math.prod(x.shape[:-1]), "K": a.shape[1], "N": b.shape[0], "R": a.shape[0], "plain": plain}
 
@@ -407,11 +409,10 @@ def _check(
         raise ValueError(
             f"bias {tuple(bias.shape)}: want [N] = {(n,)}, together with weight, or with base_out and column_scale"
         )
-    for name, vector, size in (
-        ("column_scale", column_scale, n), ("rank_scale", rank_scale, r), ("update_scale", update_scale, n),
-    ):  # fmt: skip
+    columns, ranks = ("column_scale", column_scale, "N", n), ("rank_scale", rank_scale, "R", r)
+    for name, vector, letter, size in (columns, ("update_scale", update_scale, "N", n), ranks):
         if vector is not None and vector.shape != (size,):
-            raise ValueError(f"{name} {tuple(vector.shape)}: want {(size,)}")
+            raise ValueError(f"{name} {tuple(vector.shape)}: want [{letter}] = {(size,)}")
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -24,6 +24,11 @@ NOISE = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _kernels(kernels_at_any_size: None) -> None:
+    """It is the kernels that are compared."""
+
+
 @pytest.fixture(scope="session")
 def peft():
     """The real library; everything here is skipped without it."""

@@ -34,6 +34,13 @@ def skip_unless_runs(op: str, backend: str, dtype: torch.dtype = torch.float32) 
         pytest.skip(f"{backend} {op}: {reason}")
 
 
+def skip_unless_cpu_comes_first(op: str) -> None:
+    """Skip a test of what the cpu backend leaves to torch, where it is not there or the interpreter comes before it."""
+    told = pk.explain(op, torch.ones(1024, 768))
+    if told.backend != "cpu":
+        pytest.skip(str(told))
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The forced backend."""

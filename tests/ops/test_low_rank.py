@@ -1,4 +1,4 @@
-"""low_rank's column scale: what it saves, where it writes, and its gradient where the scale hides what it scaled."""
+"""low_rank: what its column scale saves and writes, its gradient where the scale hides what it scaled; small calls."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import peftkern as pk
 from peftkern.memory import saved_bytes
 from peftkern.ops import low_rank
 from peftkern.ops.low_rank import reference
 from peftkern.testing import assert_as_good_as_torch
 
-from .conftest import device_of, skip_unless_runs
+from .conftest import device_of, skip_unless_cpu_comes_first, skip_unless_runs
 
 M, K, N, R = 48, 80, 56, 8
 
@@ -76,3 +77,27 @@ def test_wrong_arguments() -> None:
         low_rank(torch.ones(2, 4), torch.ones(1, 4), torch.ones(3, 1), column_scale=torch.ones(2))
     with pytest.raises(ValueError, match="together with weight, or with base_out and column_scale"):
         low_rank(torch.ones(2, 4), torch.ones(1, 4), torch.ones(3, 1), bias=torch.ones(3), base_out=torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("lead", [(1,), (2, 3)], ids=str)
+def test_a_small_plain_call_runs_three_products_of_torch(lead: tuple[int, ...]) -> None:
+    skip_unless_cpu_comes_first("low_rank")
+    x, a, b, weight = torch.randn(*lead, 64), torch.randn(8, 64), torch.randn(48, 8), torch.randn(48, 64)
+    told = pk.explain("low_rank", x, a, b, weight=weight)
+    assert told.backend == "reference"
+    a.requires_grad_()
+    y = low_rank(x, a, b, scale=0.5, weight=weight)
+    assert y.grad_fn.name() in ("AddmmBackward0", "ViewBackward0")
+    torch.testing.assert_close(y, reference(x, a, b, scale=0.5, weight=weight))
+
+
+def test_a_large_call_and_one_with_dropout_or_scales_run_the_kernel() -> None:
+    skip_unless_cpu_comes_first("low_rank")
+    x, a, b = torch.randn(1024, 64), torch.randn(8, 64), torch.randn(48, 8)
+    assert pk.explain("low_rank", x, a, b).backend == "cpu"
+    small = pk.explain("low_rank", x[:1], a, b)
+    assert "1 x (64 + 48) elements, no dropout: below 65536" in small.refused["cpu"]
+    scales = {"column_scale": torch.ones(48), "rank_scale": torch.ones(8), "update_scale": torch.ones(48)}
+    for name, value in {"p": 0.1, **scales}.items():
+        assert pk.explain("low_rank", x[:1], a, b, **{name: value}).backend == "cpu"
+    assert pk.explain("low_rank", x[:1].bfloat16(), a, b).backend == "cpu"  # f32 adapters: torch would copy x
