@@ -64,17 +64,18 @@ def autograd(
 ) -> Callable[..., Any]:
     """Build the differentiable function of an op from its forward and backward.
 
-    `gradients(backward, ctx, *grads)` turns upstream gradients into one gradient per argument of `forward`; for an
-    argument that is a list of tensors (Tensor[]) into a list, and `ctx.needs_input_grad` has a list in its place.
+    forward, backward and their fakes return tensors, None for what is not wanted. `gradients(backward, ctx, *grads)`
+    turns upstream gradients into one gradient per argument of `forward`; for an argument that is a list of tensors
+    (Tensor[]) into a list, and `ctx.needs_input_grad` has a list in its place.
     Eager calls go straight to an autograd function (a registered op costs tens of microseconds per call from Python);
     torch.compile sees `torch.ops.peftkern.<name>` and `<name>_backward`, opaque and with shapes known.
     """
-    op = torch.library.custom_op(f"peftkern::{name}", forward, mutates_args=(), schema=schema)
-    op.register_fake(fake)
+    op = torch.library.custom_op(f"peftkern::{name}", _filled(forward), mutates_args=(), schema=schema)
+    op.register_fake(_filled(fake))
     op_backward = torch.library.custom_op(
-        f"peftkern::{name}_backward", backward, mutates_args=(), schema=backward_schema
+        f"peftkern::{name}_backward", _filled(backward), mutates_args=(), schema=backward_schema
     )
-    op_backward.register_fake(backward_fake)
+    op_backward.register_fake(_filled(backward_fake))
     op.register_autograd(functools.partial(gradients, op_backward), setup_context=setup_context)
 
     function = (_function_of_lists if "Tensor[]" in schema else _function)(forward, backward, setup_context, gradients)
@@ -91,6 +92,20 @@ def autograd(
         return function.apply(lengths, *_flat(args, lengths))  # type: ignore[no-untyped-call]
 
     return call
+
+
+def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With an empty tensor for every None that it returns: a registered op must return tensors."""
+
+    @functools.wraps(function)
+    def filled(*args: Any) -> Any:
+        out = function(*args)
+        if not isinstance(out, tuple):
+            return out
+        like = next(arg for arg in args if isinstance(arg, Tensor))
+        return tuple(like.new_empty(0) if item is None else item for item in out)
+
+    return filled
 
 
 def _function(

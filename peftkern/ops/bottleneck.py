@@ -153,7 +153,7 @@ def _backward(
     seed: Tensor | None,
     backend: str,
     need_x: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     dy2, x2 = rows(dy), rows(x)
     r, n = down.shape[0], up.shape[0]
     if x2.shape[0] == 0:
@@ -164,7 +164,7 @@ def _backward(
         dy2, x2, pre, down.contiguous(), up.contiguous(), activation, scale, p, seed, own, need_x
     )
     return (
-        dx if x.dim() == 2 or not need_x else dx.view(x.shape),
+        dx.view(x.shape) if need_x else None,
         cast(d_down, down.dtype),
         cast(d_down_bias, down.dtype),
         cast(d_up, up.dtype),
@@ -179,8 +179,8 @@ def _fake(x: Tensor, down: Tensor, _db: Any, up: Tensor, *_rest: Any) -> tuple[T
 
 def _backward_fake(
     dy: Tensor, x: Tensor, pre: Tensor, down: Tensor, up: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if rest[-1] else x.new_empty(0)
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if rest[-1] else None
     return (
         dx,
         down.new_empty(down.shape),

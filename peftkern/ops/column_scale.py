@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftkern import dispatch
 from peftkern.ops._draw import Draw
-from peftkern.ops._op import Op, autograd, choose, kernel, rows, tracked
+from peftkern.ops._op import Op, autograd, cast, choose, kernel, rows, tracked
 
 
 def reference(x: Tensor, s: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -55,13 +55,12 @@ def _forward(x: Tensor, s: Tensor, backend: str) -> Tensor:
 
 def _backward(
     dy: Tensor, x: Tensor | None, s: Tensor, backend: str, need_x: bool, need_s: bool
-) -> tuple[Tensor, Tensor]:
-    none = s.new_empty(0)
+) -> tuple[Tensor | None, Tensor | None]:
     if dy.numel() == 0:
-        return torch.empty_like(dy) if need_x else none, torch.zeros_like(s) if need_s else none
+        return torch.empty_like(dy) if need_x else None, torch.zeros_like(s) if need_s else None
     x2 = rows(x) if need_s and x is not None else None
     dx, ds = kernel(backend, "column_scale").backward(rows(dy), x2, s.contiguous(), need_x)
-    return dx.view(dy.shape) if need_x else none, ds.to(s.dtype) if need_s else none
+    return dx.view(dy.shape) if need_x else None, cast(ds, s.dtype) if need_s else None
 
 
 def _fake(x: Tensor, s: Tensor, backend: str) -> Tensor:
@@ -70,10 +69,9 @@ def _fake(x: Tensor, s: Tensor, backend: str) -> Tensor:
 
 def _backward_fake(
     dy: Tensor, x: Tensor | None, s: Tensor, backend: str, need_x: bool, need_s: bool
-) -> tuple[Tensor, Tensor]:
-    none = s.new_empty(0)
-    dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_x else none
-    return dx, s.new_empty(s.shape) if need_s else none
+) -> tuple[Tensor | None, Tensor | None]:
+    dx = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) if need_x else None
+    return dx, s.new_empty(s.shape) if need_s else None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

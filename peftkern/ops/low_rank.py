@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -81,8 +80,9 @@ def low_rank(
     """Fused base + s · (drop(x) Aᵀ) Bᵀ; arguments and result as `reference`.
 
     With `weight` [N, K] the frozen linear itself runs inside, and backward writes dx once. With `base_out` the update
-    lands on that tensor, which is consumed: without a graph it is written in place. With neither the update alone
-    is returned. Saves x, h = drop(x) Aᵀ [M, R] in f32 and the seed; the dropout mask is regenerated in backward.
+    lands on that tensor, which is consumed: without a graph it may be written in place. With neither the update alone
+    is returned. A call that is small and plain (no dropout, no scales, one dtype) is three products of PyTorch, faster
+    there than any kernel's launch: see `_WORTH_A_CALL`. Saves x, h = drop(x) Aᵀ [M, R] in f32 and the seed; the dropout mask is regenerated in backward.
 
     The column scale is part of the same epilogue. When it is trained, the base's output z₀ (x Wᵀ, or `base_out`) is
     saved as well, M · N elements, and dc[n] = Σ_m dy · z₀ + s · Σ_r b ⊙ (dyᵀ h) comes from the pass over dy that db
@@ -205,15 +205,15 @@ def _forward(
     seed: Tensor | None,
     backend: str,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, h and, when the gradient of column_scale will want it, x Wᵀ (else nothing: `base_out` is an input)."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, h and, when the gradient of column_scale will want it, x Wᵀ (`base_out` is an input)."""
     x2, n = rows(x), b.shape[0]
     if weight is not None and column_scale is None and _update_first(x2, backend):
         y, shift = x.new_empty(x2.shape[0], n), None if bias is None else bias.detach().float().contiguous()
         small = operands(x, a, b, rank_scale, update_scale)
         h = kernel(backend, "low_rank").forward(x2, *small, y, scale, p, seed, None, None, shift, True)
         y.addmm_(x2, cast(weight, x.dtype).T)
-        return y.view(*x.shape[:-1], n), h, x.new_empty(0)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], n), h, None
     base: Tensor | None = None
     if weight is not None:
         inside = cast(bias, x.dtype) if bias is not None and column_scale is None else None
@@ -234,7 +234,7 @@ def _forward(
             x2, *operands(x, a, b, rank_scale, update_scale), y, scale, p, seed, None if base is y else base,
             *epilogue(column_scale, bias, base_out is not None),
         )  # fmt: skip
-    kept = base if keep and weight is not None and base is not None else x.new_empty(0)
+    kept = base if keep and weight is not None else None
     return y if x.dim() == 2 else y.view(*x.shape[:-1], n), h, kept
 
 
@@ -264,27 +264,21 @@ def _backward(
     seed: Tensor | None,
     backend: str,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """dx, da, db, dc, and the gradients of rank and update scale.
 
     `bias` is given only where `base` holds it, which is not part of what is scaled.
     """
     need_x, need_a, need_b, need_c, need_d, need_e = needs
     dy2, x2 = rows(dy), rows(x)
-    none = functools.partial(x.new_empty, 0)  # a custom op may not return one tensor twice
     c = None if column_scale is None else column_scale.detach().float().contiguous()
     dx: Tensor | None = None
     if need_x:
         dx = x.new_zeros(x2.shape) if weight is None else _input_gradient(dy2, weight, c)
     if x2.shape[0] == 0:
-        return (
-            none() if dx is None else dx.view(x.shape),
-            torch.zeros_like(a) if need_a else none(),
-            torch.zeros_like(b) if need_b else none(),
-            none() if column_scale is None or not need_c else torch.zeros_like(column_scale),
-            none() if rank_scale is None or not need_d else torch.zeros_like(rank_scale),
-            none() if update_scale is None or not need_e else torch.zeros_like(update_scale),
-        )
+        like = zip((a, b, column_scale, rank_scale, update_scale), needs[1:], strict=True)
+        zeros = (torch.zeros_like(t) if need and t is not None else None for t, need in like)
+        return None if dx is None else dx.view(x.shape), *zeros
     base2 = rows(base) if need_c and base is not None else None
     dc = dy2.new_zeros(b.shape[0], dtype=torch.float32) if need_c else None
     wide_a, wide_b = operands(x, a, b, rank_scale, update_scale, c is not None)
@@ -301,12 +295,12 @@ def _backward(
         db *= c[:, None]
     db, dd, de = unfolded(db, b, rank_scale, update_scale, need_b, need_d, need_e)
     return (
-        none() if dx is None else dx if x.dim() == 2 else dx.view(x.shape),
-        cast(da, a.dtype) if need_a else none(),
-        none() if db is None else cast(db, b.dtype),
-        none() if dc is None or column_scale is None else dc.to(column_scale.dtype),
-        none() if dd is None or rank_scale is None else dd.to(rank_scale.dtype),
-        none() if de is None or update_scale is None else de.to(update_scale.dtype),
+        dx if dx is None or x.dim() == 2 else dx.view(x.shape),
+        cast(da, a.dtype) if need_a else None,
+        None if db is None else cast(db, b.dtype),
+        None if dc is None or column_scale is None else cast(dc, column_scale.dtype),
+        None if dd is None or rank_scale is None else cast(dd, rank_scale.dtype),
+        None if de is None or update_scale is None else cast(de, update_scale.dtype),
     )
 
 
@@ -322,19 +316,19 @@ def _input_gradient(dy: Tensor, weight: Tensor, c: Tensor | None) -> Tensor:
 def _fake(
     x: Tensor, a: Tensor, b: Tensor, weight: Any, bias: Any, base_out: Any, column_scale: Any, rank_scale: Any,
     update_scale: Any, scale: Any, p: Any, seed: Any, backend: str, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     m, n = math.prod(x.shape[:-1]), b.shape[0]
-    kept = x.new_empty(m, n) if keep and weight is not None else x.new_empty(0)
+    kept = x.new_empty(m, n) if keep and weight is not None else None
     return x.new_empty(*x.shape[:-1], n), x.new_empty(m, a.shape[0], dtype=torch.float32), kept
 
 
 def _backward_fake(
     dy: Tensor, x: Tensor, a: Tensor, b: Tensor, h: Any, weight: Any, bias: Any, base: Any, column_scale: Any,
     rank_scale: Any, update_scale: Any, scale: Any, p: Any, seed: Any, backend: str, needs: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     like = (x, a, b, column_scale, rank_scale, update_scale)
     return tuple(
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else x.new_empty(0)
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if need else None
         for t, need in zip(like, needs, strict=True)
     )
 
@@ -346,7 +340,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     base = (output[2] if base_out is None and weight is not None else base_out) if keep else None
     bias = bias if keep and base_out is not None else None
     ctx.save_for_backward(x, a, b, output[1], weight, bias, base, column_scale, rank_scale, update_scale, seed)
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
     ctx.set_materialize_grads(False)
 
 

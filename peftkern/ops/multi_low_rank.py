@@ -153,7 +153,7 @@ def _backward(
     need_x: bool,
     need_a: bool,
     need_b: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     dy2, x2 = rows(dy), rows(x)
     dx: Tensor | None = None
     if need_x:
@@ -171,7 +171,7 @@ def _backward(
             if parts:
                 pieces = flat.split([t.numel() for t in parts])
                 torch._foreach_copy_([t.view(-1) for t in parts], list(pieces))
-    return x.new_empty(0) if dx is None else dx.view(x.shape), das, dbs
+    return None if dx is None else dx.view(x.shape), das, dbs
 
 
 def _fake(
@@ -185,8 +185,8 @@ def _fake(
 def _backward_fake(
     dy: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor], index: Any, h: Any, weight: Any,
     scales: Any, p: Any, seed: Any, backend: str, need_x: bool, need_a: bool, need_b: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else x.new_empty(0)
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:  # fmt: skip
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
     das, dbs = ([torch.empty_like(t) for t in group] if need else [] for group, need in ((a, need_a), (b, need_b)))
     return dx, das, dbs
 
