@@ -82,7 +82,8 @@ def low_rank(
     With `weight` [N, K] the frozen linear itself runs inside, and backward writes dx once. With `base_out` the update
     lands on that tensor, which is consumed: without a graph it may be written in place. With neither the update alone
     is returned. A call that is small and plain (no dropout, no scales, one dtype) is three products of PyTorch, faster
-    there than any kernel's launch: see `_WORTH_A_CALL`. Saves x, h = drop(x) Aᵀ [M, R] in f32 and the seed; the dropout mask is regenerated in backward.
+    there than any kernel's launch: see `_WORTH_A_CALL`. Saves x, h = drop(x) Aᵀ [M, R] in f32 and the seed; the dropout
+    mask is regenerated in backward.
 
     The column scale is part of the same epilogue. When it is trained, the base's output z₀ (x Wᵀ, or `base_out`) is
     saved as well, M · N elements, and dc[n] = Σ_m dy · z₀ + s · Σ_r b ⊙ (dyᵀ h) comes from the pass over dy that db
