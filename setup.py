@@ -11,6 +11,7 @@ that needs no GPU and links nothing.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -45,6 +46,10 @@ def sources(pattern: str) -> list[str]:
 def torch_root() -> Path | None:
     spec = importlib.util.find_spec("torch")
     return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+def torch_version() -> str:
+    return importlib.metadata.version("torch") if torch_root() is not None else "none"
 
 
 def git_revision() -> str:
@@ -90,6 +95,8 @@ class BuildExt(build_ext):
     """Compiles the files of one extension in parallel, and .cu files with nvcc."""
 
     def run(self) -> None:
+        # One place for editable installs, wheels and in-place builds, which then compile a source once.
+        self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}-torch-{torch_version()}")
         super().run()
         for ext in self.extensions:
             if not Path(self.get_ext_fullpath(ext.name)).exists():
@@ -178,12 +185,11 @@ def cpu_extension(torch: Path) -> Extension | None:
         say("pybind11 is missing, so the CPU kernels are not compiled; pip install pybind11, then build again")
         return None
     import pybind11
-    from torch import __version__ as torch_version
 
     texts = {
         "PEFTKERN_BUILD_FLAGS": " ".join(CPU_FLAGS),
         "PEFTKERN_GIT_REVISION": git_revision(),
-        "PEFTKERN_TORCH_VERSION": str(torch_version),
+        "PEFTKERN_TORCH_VERSION": torch_version(),
     }
     files = ["csrc/module.cpp", *sources("csrc/cpu/*.cpp")]
     return Extension(
