@@ -27,7 +27,7 @@ from peftkern.tasks.records import Sentence, Text
 from peftkern.tasks.settings import FILE, METRICS, TrainSettings
 from peftkern.tasks.task import Task, task_for
 from peftkern.tasks.textfile import read_lines
-from peftkern.tasks.trainer import CHECKPOINTS, AdapterTrainer, StepClock, last_checkpoint, make_trainer
+from peftkern.tasks.trainer import CHECKPOINTS, AdapterTrainer, StepClock, last_checkpoint, make_trainer, tracked
 
 RESULT, LABELS, HISTORY, CURVES = "result.json", "labels.json", "history.json", "curves.png"
 _HEAD_TASK = {"token-classification": "TOKEN_CLS", "text-classification": "SEQ_CLS"}
@@ -135,11 +135,12 @@ def train(settings: TrainSettings) -> RunResult:
     run.write_setup()
     trainer, clock = make_trainer(settings, task, model, sets["train"] if run.trains else None, sets["dev"], folder)
     memory = PeakMemory()
-    if run.trains:
-        checkpoint = last_checkpoint(folder) if settings.resume else None
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        pk.save(model, folder)
-    return run.finish(trainer, clock, memory)
+    with tracked(settings):
+        if run.trains:
+            checkpoint = last_checkpoint(folder) if settings.resume else None
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            pk.save(model, folder)
+        return run.finish(trainer, clock, memory)
 
 
 def train_all(settings: TrainSettings) -> list[RunResult]:

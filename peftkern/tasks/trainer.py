@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,27 @@ def _checkpointing(settings: TrainSettings) -> dict[str, Any]:
     known = {option.name for option in fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if settings.gradient_checkpointing else {}
+
+
+@contextmanager
+def tracked(settings: TrainSettings) -> Iterator[None]:
+    """Close the W&B run that training opens, as failed after an error; a run that the caller has open stays open.
+
+    W&B keeps one run per process: without this the next seed would be logged into the run of the one before.
+    """
+    if "wandb" not in settings.report_to:
+        yield
+        return
+    wandb = importlib.import_module("wandb")
+    if wandb.run is not None:
+        yield
+        return
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        wandb.finish(exit_code=int(failed))
 
 
 def last_checkpoint(folder: Path) -> Path | None:

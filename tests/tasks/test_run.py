@@ -146,6 +146,20 @@ def test_same_seed_same_result_other_seed_other_result(text):
     assert not all(weights[0][key].equal(weights[1][key]) for key in weights[0])
 
 
+def test_wandb_keeps_a_run_of_its_own_for_every_seed(text, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed; it is no requirement of peftkern")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train_all(text.with_changes(seeds=(1, 2), epochs=1, method="head", report_to="wandb"))
+    folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and all(list(folder.glob("run-*.wandb")) for folder in folders)
+    assert wandb.run is None, "what training opened is closed"
+    with wandb.init(project="mine") as mine:
+        train(text.with_changes(output=str(tmp_path / "other"), epochs=1, method="head", report_to="wandb"))
+        assert wandb.run is mine and mine.summary["eval/accuracy"] > 0, "the caller's own run stays open"
+
+
 def test_limit_is_the_number_of_labelled_records_used(text):
     splits = task_for(text.with_changes(limit=20, data=str(Path(text.data) / "train.tsv"))).load()
     assert len(splits.train) + len(splits.dev) == 20
