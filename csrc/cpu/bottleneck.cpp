@@ -133,10 +133,10 @@ struct ToImpl<peftkern::Name> {
   static peftkern::Name call(StableIValue value, uint64_t /*extension_build_version*/, bool /*is_internal*/) {
     const StringHandle handle = to<StringHandle>(value);
     const char* text = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
     peftkern::Name name{};
     std::strncpy(name.text, text, sizeof name.text - 1);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
     return name;
   }
 };
