@@ -191,7 +191,9 @@ def hard_to_round(t: torch.dtype) -> Tensor:
     following = torch.cat([exact[1:], 2 * exact[-1:] - exact[-2:-1]])
     halfway = ((exact + following) / 2).float()
     above, below = (torch.nextafter(halfway, torch.tensor(end)) for end in (torch.inf, 0.0))
-    positive = torch.cat([exact.float(), halfway, above, below, torch.tensor([torch.inf, torch.nan])])
+    # Rounding a NaN of ones as if it were a number carries into the sign.
+    ones = torch.tensor([2**31 - 1], dtype=torch.int32).view(torch.float32)
+    positive = torch.cat([exact.float(), halfway, above, below, torch.tensor([torch.inf, torch.nan]), ones])
     return torch.cat([positive, -positive])
 
 
