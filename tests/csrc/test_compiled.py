@@ -74,6 +74,8 @@ def low_rank_case(m: int, k: int, n: int, r: int, t: torch.dtype, p: torch.dtype
 # Around every edge: 3 rows, 8 columns of a tile, 16 lanes, 48 and 96 columns of a block, 48 and 64 rows of a chunk.
 SIZES = [(1, 1, 1, 1), (2, 15, 17, 3), (47, 48, 49, 4), (48, 96, 95, 8), (49, 97, 144, 9), (64, 33, 31, 5)]
 SIZES += [(65, 200, 130, 13), (130, 47, 193, 33), (97, 600, 64, 130)]
+# B larger than its share of the L2 cache: expand then goes down the rows of one panel after the other.
+SIZES += [(17, 33, 800, 130)]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -170,15 +172,58 @@ def test_bottleneck_matches_float64(isa: str, act: str, p: float) -> None:
 @pytest.mark.parametrize("isa", AVAILABLE)
 def test_activations_hold_over_the_whole_range(isa: str, act: str) -> None:
     C.force_isa(isa)
-    x = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0, 1e4, -1e4])])
+    special = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0, 1e4, -1e4, torch.nan])
+    x = torch.cat([torch.linspace(-30, 30, 4001), special])
     one, zero = torch.ones(1, 1), torch.zeros(1)
     y, pre = ops.bottleneck_forward(x[:, None], one, zero, one, zero, None, act, 1.0, 0.0, None)
     x64 = x.double().requires_grad_()
     want = ACTIVATIONS[act](x64)
     (slope,) = torch.autograd.grad(want.sum(), x64)
     dx = ops.bottleneck_backward(torch.ones_like(y), x[:, None], pre, one, one, act, 1.0, 0.0, None, False, True)[0]
-    torch.testing.assert_close(y[:, 0].double(), want.detach(), rtol=2e-6, atol=1e-7)
-    torch.testing.assert_close(dx[:, 0].double(), slope, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(y[:, 0].double(), want.detach(), rtol=2e-6, atol=1e-7, equal_nan=True)
+    torch.testing.assert_close(dx[:, 0].double(), slope, rtol=2e-6, atol=1e-6, equal_nan=True)
+
+
+def hard_to_round(t: torch.dtype) -> Tensor:
+    """f32: every value of a half dtype, what lies halfway between two of them, and right beside that."""
+    exact = torch.arange(2**15, dtype=torch.int16).view(t)
+    exact = exact[exact.isfinite()].double()
+    following = torch.cat([exact[1:], 2 * exact[-1:] - exact[-2:-1]])
+    halfway = ((exact + following) / 2).float()
+    above, below = (torch.nextafter(halfway, torch.tensor(end)) for end in (torch.inf, 0.0))
+    # Rounding a NaN of ones as if it were a number carries into the sign.
+    ones = torch.tensor([2**31 - 1], dtype=torch.int32).view(torch.float32)
+    positive = torch.cat([exact.float(), halfway, above, below, torch.tensor([torch.inf, torch.nan]), ones])
+    return torch.cat([positive, -positive])
+
+
+def assert_same_numbers(got: Tensor, want: Tensor, flushed: bool = False) -> None:
+    """Every bit but those of a NaN; with `flushed` what is subnormal before it is rounded may be zero."""
+    there = ~((want.abs() <= torch.finfo(want.dtype).tiny) & (want != 0) & flushed)
+    torch.testing.assert_close(got[there], want[there], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("t", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_half_values_are_read_and_rounded_as_torch_does(isa: str, t: torch.dtype) -> None:
+    C.force_isa(isa)
+    # VCVTNEPS2BF16 takes subnormal numbers for zero.
+    flushed = isa == "avx512_bf16" and t == torch.bfloat16
+    values, every_value = hard_to_round(t), torch.arange(-(2**15), 2**15, dtype=torch.int16).view(t)
+    for x, s in ((torch.ones_like(values, dtype=t), values), (every_value, torch.full((2**16,), 0.5))):
+        y = torch.empty_like(x[None])
+        ops.column_scale_forward(x[None], s, y)
+        assert_same_numbers(y[0], (x.float() * s).to(t), flushed)
+
+
+@pytest.mark.parametrize("t", [torch.bfloat16, torch.float16], ids=str)
+def test_prompts_are_read_and_rounded_as_torch_does(t: torch.dtype) -> None:
+    one = torch.ones(1, 1, dtype=torch.int64)
+    values, every_value = hard_to_round(t), torch.arange(-(2**15), 2**15, dtype=torch.int16).view(t)
+    for prompt, wanted in ((values, t), (every_value, torch.float32)):
+        embeds = torch.zeros(1, 1, len(prompt), dtype=wanted)
+        out = ops.prompt_concat_forward(None, embeds, prompt[None], one, None)[0]
+        assert_same_numbers(out[0, 0], prompt.to(wanted))
 
 
 @pytest.mark.parametrize(("t", "w"), PAIRS, ids=str)
@@ -207,6 +252,8 @@ def test_threads_do_not_change_a_bit(isa: str) -> None:
     C.force_isa(isa)
     before = torch.get_num_threads()
     results = []
+    # The threads' shares begin in the middle of a sequence, whose padding comes first.
+    tokens = (torch.arange(60) >= 7).long().expand(4, -1).contiguous()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -217,7 +264,9 @@ def test_threads_do_not_change_a_bit(isa: str) -> None:
             grads = ops.bottleneck_backward(dy, x, pre, a, b, "gelu", 0.5, 0.2, SEED, False, True)
             scaled = ops.column_scale_backward(dy, y, b[:, 0].contiguous(), True)
             tall = ops.column_scale_backward(rand_like(5000, 70), rand_like(5000, 70), torch.ones(70), True)
-            results.append([h, y, dx, da, db, out, pre, *grads, *scaled, *tall])
+            prompted = ops.prompt_concat_forward(None, rand_like(4, 60, 768), rand_like(50, 768), tokens, None)
+            unprompted = ops.prompt_concat_backward(prompted[0], tokens, 50, True)
+            results.append([h, y, dx, da, db, out, pre, *grads, *scaled, *tall, *prompted, *unprompted])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

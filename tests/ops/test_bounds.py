@@ -35,8 +35,8 @@ class AtEdges(Draw):
         return self.one_of([edge for edge in EDGES if edge <= min(largest, 65)])
 
     def lead(self, largest: int = 65) -> tuple[int, ...]:
-        """Rows alone, or two sequences of them."""
-        return self.one_of([(self.size(largest),), (2, self.size(17))])
+        """Rows alone, two sequences of them, or as few as in decoding."""
+        return self.one_of([(self.size(largest),), (2, self.size(17)), (self.one_of([1, 2, 4]),)])
 
 
 def edge_cases(op: Op, backend: str, dtype: torch.dtype) -> list[dict[str, Any]]:

@@ -54,6 +54,19 @@ def test_decoding_is_the_last_row_of_the_full_pass(backend: str) -> None:
         torch.testing.assert_close(step, full[:, :, -last:])
 
 
+@pytest.mark.parametrize("queries", [3, 20])
+def test_keys_that_only_some_queries_see(queries: int, backend: str) -> None:
+    """A whole block of keys that the first query does not see counts for the others."""
+    skip_unless_runs("prefix_attention", backend)
+    case = drawn(backend, 1, 2, 2, queries, 300, 5, 16)
+    mask = torch.ones(1, 1, queries, 300, dtype=torch.bool, device=case["q"].device)
+    mask[:, :, 0, 10:] = False
+    both = prefix_attention(**case, mask=mask)
+    for i in range(queries):
+        alone = prefix_attention(**case | {"q": case["q"][:, :, i : i + 1]}, mask=mask[:, :, i : i + 1])
+        torch.testing.assert_close(both[:, :, i : i + 1], alone)
+
+
 @pytest.mark.parametrize("additive", [False, True])
 def test_a_query_without_text_sees_the_prefix_alone(additive: bool, backend: str) -> None:
     skip_unless_runs("prefix_attention", backend)
