@@ -16,7 +16,7 @@ PIP     := PIP_CONSTRAINT=$(abspath $(VENV))/constraints.txt $(BIN)/python -m pi
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-triton bench readme-figures lint types format wheel aot aot-check cuda clean
+.PHONY: demo test test-triton bench peers readme-figures lint types format wheel aot aot-check cuda clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -59,6 +59,17 @@ bench: $(VENV)/.dev
 	mkdir -p build
 	$(OFFLINE) $(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/pytest-benchmark.json
 	$(OFFLINE) $(BIN)/python -m bench $(ARGS)
+
+# AdapterHub, a peer of the benchmark, is pinned to an older transformers than ours, so that it has an environment of its own. The
+# .pth file, written last, lends it the torch that is here; the transformers of its own comes before ours on the path.
+peers: $(VENV)/.peers
+
+$(VENV)/.peers: $(VENV)/.torch
+	$(BIN)/python -m venv $(VENV)/peers
+	$(VENV)/peers/bin/python -m pip --disable-pip-version-check install --quiet "adapters==1.3.0" "transformers==4.57.*"
+	$(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" \
+		> $$($(VENV)/peers/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torch.pth
+	touch $@
 
 readme-figures: $(VENV)/.package
 	$(BIN)/python -m bench --readme write

@@ -52,7 +52,7 @@ def listed(options: Options, only: list[str], method: str | None, compile: str =
 
 
 def op_names() -> list[str]:
-    """Files of this folder that time one op."""
+    """Files of this folder that time one op, or (overhead) what a call of one costs."""
     package = importlib.import_module(__package__)
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]
     return [name for name in names if not name.startswith(("_", "test_")) and name not in ("step", "conftest")]

@@ -22,7 +22,8 @@ class Runner:
 
     forward() returns what backward() is given; no backward means inference. check() returns outputs and gradients by
     name, with dropout off, for the gate; None where there is nothing to compare (the floor). reset() runs untimed
-    before each pass. parameters are not counted in the bytes that are saved for backward.
+    before each pass. parameters are not counted in the bytes that are saved for backward. sample(), of a provider in a
+    process of its own, takes one sample on that process's own clock.
     """
 
     forward: Callable[[], Any]
@@ -31,6 +32,7 @@ class Runner:
     reset: Callable[[], None] = lambda: None
     backend: str = ""
     parameters: Sequence[Any] = ()
+    sample: Callable[[], tuple[float, float]] | None = None
 
 
 def timer(
@@ -44,6 +46,8 @@ def timer(
         return _graph_timer(runner, flush, pool)
     for _ in range(2 if device.type == "cpu" else 5):
         one_pass(runner)
+    if runner.sample is not None:
+        return runner.sample
     if device.type == "cuda":
         return lambda: _cuda_sample(runner, flush)
     inner = max(1, min(1000, math.ceil(CPU_SAMPLE / max(sum(_cpu_sample(runner, 1)), 1e-7))))

@@ -19,7 +19,7 @@ from ._row import NOTHING, Row
 from ._sources import kernel_hash, root
 
 BEGIN, END = "<!-- benchmark figures: begin -->", "<!-- benchmark figures: end -->"
-_PEERS = {PEER: "Hugging Face PEFT", "addmm": "in-place addmm", YARDSTICK: "eager PyTorch"}
+_PEERS = {PEER: "Hugging Face PEFT", "adapterhub": "AdapterHub", "addmm": "in-place addmm", YARDSTICK: "eager PyTorch"}
 _PEERS |= {name: name for name in ("torch.compile", "torch.compile max-autotune", "peft+liger", "unsloth")}
 _OPS_SHOWN = 4
 """Cases of each op that the tables show, the first ones of the file: the most telling."""

@@ -18,7 +18,7 @@ from . import _peers
 from ._clock import Runner, Values
 from ._measure import SHORT, Case, Cost, Gate, Options, passes
 
-_SCALE = 2.0
+SCALE = 2.0
 _HALF = torch.bfloat16
 _GATED = (8192, 4096, 4096, 16)
 
@@ -88,28 +88,28 @@ def _case(options: Options, shape: Shape) -> Case:
     label += ("" if shape.train else " no grad") + (" cell" if shape.light else "")
     config = {"M": shape.m, "N": shape.n, "R": shape.r, "p": shape.p, "adapter": adapter, "grad": shape.train}
     config |= {"hidden": shape.k, "tokens": shape.m, "rank": shape.r, "bias": shape.bias}
-    inputs = functools.cache(lambda: _Inputs(options.device, shape))
+    inputs = functools.cache(lambda: Inputs(options.device, shape))
     providers = _peers.op_providers(
-        options, lambda: _floor(inputs()), lambda mode: _module(inputs(), _peers.LoraLinear, mode),
+        options, lambda: _floor(inputs()), lambda mode: module(inputs(), _peers.LoraLinear, mode),
         lambda: _ours(inputs()), shape.light,
     )  # fmt: skip
     if shape.p == 0.0 and not options.quick:
-        providers["addmm"] = lambda: _module(inputs(), _peers.AddmmLoraLinear)
+        providers["addmm"] = lambda: module(inputs(), _peers.AddmmLoraLinear)
     if not (options.quick or shape.light):
-        providers["peft"] = lambda: _peft(inputs())
+        providers["peft"] = lambda: peft(inputs())
     if shape.p == 0.0 and not shape.bias and shape.train and shape.adapter == shape.dtype:
-        providers["unsloth"] = lambda: _module(inputs(), _peers.UnslothLoraLinear)
+        providers["unsloth"] = lambda: module(inputs(), _peers.UnslothLoraLinear)
     x = ("K", "input width", shape.k)
     gates = []
     if options.device.type == "cuda" and not shape.light and (shape.m, shape.k, shape.n, shape.r) == _GATED:
         gates = [Gate(1.09, "forward"), Gate(1.18, "backward")]
     return Case(
         "low_rank", label, x, config, options.device, shape.dtype, providers,
-        lambda: _oracle(inputs()), lambda: _cost(shape), gates=gates, light=shape.light,
+        lambda: oracle(inputs()), lambda: cost(shape), gates=gates, light=shape.light,
     )  # fmt: skip
 
 
-class _Inputs:
+class Inputs:
     """Random tensors, the same for all providers of a case."""
 
     def __init__(self, device: torch.device, shape: Shape) -> None:
@@ -134,17 +134,18 @@ class _Inputs:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 
-def _runner(
-    t: _Inputs, function: Callable[[], Tensor], leaves: dict[str, Tensor], off: Callable[[], Tensor],
+def runner(
+    t: Inputs, function: Callable[[], Tensor], leaves: dict[str, Tensor], off: Callable[[], Tensor],
     on: Callable[[], Tensor] | None = None, backend: str = "",
 ) -> Runner:  # fmt: skip
+    """function() with the gradients of `leaves`, or without a graph, as the shape says."""
     if not t.shape.train:
         return _peers.inference(function, backend=backend)
     parameters = (*t.frozen(), *(leaves[name] for name in ("a", "b")))
     return _peers.differentiable(function, leaves, t.dy, off=off, on=on, backend=backend, parameters=parameters)
 
 
-def _floor(t: _Inputs) -> Runner:
+def _floor(t: Inputs) -> Runner:
     x = _peers.leaf(t.x)
     if not t.shape.train:
         return _peers.inference(lambda: F.linear(x, t.weight, t.bias), gated=False)
@@ -153,43 +154,50 @@ def _floor(t: _Inputs) -> Runner:
     )
 
 
-def _ours(t: _Inputs) -> Runner:
+def _ours(t: Inputs) -> Runner:
     x, a, b = _peers.leaf(t.x), _peers.leaf(t.a), _peers.leaf(t.b)
 
     def run(p: float = 0.0, seed: Tensor | None = None) -> Tensor:
-        return ops.low_rank(x, a, b, scale=_SCALE, weight=t.weight, bias=t.bias, p=p, seed=seed)
+        return ops.low_rank(x, a, b, scale=SCALE, weight=t.weight, bias=t.bias, p=p, seed=seed)
 
     s = t.shape
     backend = dispatch.choose("low_rank", x.device, s.dtype, M=s.m, K=s.k, N=s.n, R=s.r)
     on = (lambda: run(s.p, t.seed)) if s.p else None
-    return _runner(t, lambda: run(s.p), {"x": x, "a": a, "b": b}, run, on, backend)
+    return runner(t, lambda: run(s.p), {"x": x, "a": a, "b": b}, run, on, backend)
 
 
-def _module(t: _Inputs, kind: type[_peers.LoraLinear], mode: str | None = None) -> Runner:
-    x, layer = _peers.leaf(t.x), kind(t.linear(), t.a.clone(), t.b.clone(), _SCALE, t.shape.p)
+def module(t: Inputs, kind: type[_peers.LoraLinear], mode: str | None = None) -> Runner:
+    """A textbook module of `_peers`."""
+    x, layer = _peers.leaf(t.x), kind(t.linear(), t.a.clone(), t.b.clone(), SCALE, t.shape.p)
     call = _peers.compiled(layer, mode)
-    return _layer(t, layer, call, x, layer.a, layer.b)
+    return of_layer(t, layer, call, x, layer.a, layer.b)
 
 
-def _peft(t: _Inputs) -> Runner:
-    layer, a, b = _peers.peft_linear(t.linear(), t.a, t.b, _SCALE, t.shape.p)
-    return _layer(t, layer, layer, _peers.leaf(t.x), a, b)
+def peft(t: Inputs) -> Runner:
+    """Hugging Face PEFT's layer."""
+    layer, a, b = _peers.peft_linear(t.linear(), t.a, t.b, SCALE, t.shape.p)
+    return of_layer(t, layer, layer, _peers.leaf(t.x), a, b)
 
 
-def _layer(t: _Inputs, layer: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, a: Tensor, b: Tensor) -> Runner:
+def of_layer(
+    t: Inputs, layer: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, a: Tensor, b: Tensor, backend: str = ""
+) -> Runner:
+    """A module with A and B in it; call runs it, maybe compiled."""
+
     def off() -> Tensor:
         with _peers.evaluation(layer):
             return call(x)
 
-    return _runner(t, lambda: call(x), {"x": x, "a": a, "b": b}, off)
+    return runner(t, lambda: call(x), {"x": x, "a": a, "b": b}, off, backend=backend)
 
 
-def _oracle(t: _Inputs) -> Values:
+def oracle(t: Inputs) -> Values:
+    """What `Runner.check` of every provider returns, in float64."""
     x, a, b = (_peers.leaf(v.double()) for v in (t.x, t.a, t.b))
     weight, bias = t.weight.double(), None if t.bias is None else t.bias.double()
 
     def run(p: float = 0.0, seed: Tensor | None = None) -> Tensor:
-        return reference(x, a, b, scale=_SCALE, weight=weight, bias=bias, p=p, seed=seed)
+        return reference(x, a, b, scale=SCALE, weight=weight, bias=bias, p=p, seed=seed)
 
     if not t.shape.train:
         return {"y": run().detach()}
@@ -200,7 +208,8 @@ def _oracle(t: _Inputs) -> Values:
     return values
 
 
-def _cost(s: Shape) -> Mapping[str, Cost]:
+def cost(s: Shape) -> Mapping[str, Cost]:
+    """Least work by mode."""
     size, adapter = s.dtype.itemsize, (s.r * s.k + s.n * s.r) * s.adapter.itemsize
     base, update, moved = 2 * s.m * s.k * s.n, 2 * s.m * s.r * (s.k + s.n), (s.m * (s.k + s.n) + s.n * s.k) * size
     forward = Cost(base + update, moved + adapter)

@@ -18,7 +18,7 @@ import peftkern as pk
 from peftkern import dispatch, registry
 from peftkern.ops._op import every
 
-from . import _decode, _peers
+from . import _adapterhub, _decode, _peers
 from ._adapters import METHODS, PLAIN, PROVIDERS, Build, Method, adapted, ours
 from ._clock import Runner, Values
 from ._measure import FLOOR, OURS, SHORT, YARDSTICK, Case, Cost, Gate, Options
@@ -88,6 +88,8 @@ def _case(options: Options, model: Model, method: Method, dtype: torch.dtype) ->
         providers["addmm"] = functools.partial(build, PROVIDERS["addmm"])
     if method.kind in (*_LOW_RANK, "prompt") and not options.quick:
         providers["peft"] = functools.partial(build, PROVIDERS["peft"])
+    if method.kind == "adapter" and model.family == "bert" and options.device.type == "cpu" and not options.quick:
+        providers["adapterhub"] = functools.partial(_adapterhub_runner, options, model, method, dtype)
     if options.compile != "none" and method.kind in _LOW_RANK:
         providers["torch.compile"] = functools.partial(build, PLAIN[method.kind], mode=options.compile)
         providers["peftkern.compile"] = functools.partial(build, ours, mode=options.compile)
@@ -103,7 +105,10 @@ def _case(options: Options, model: Model, method: Method, dtype: torch.dtype) ->
 
 
 def _gates(options: Options, model: Model, method: Method, dtype: torch.dtype) -> list[Gate]:
-    """Marks on LoRA and DoRA: over the floor on the small BERT; LoRA on all linear layers over its peers on a Llama."""
+    """Marks on LoRA and DoRA: over the floor on the small BERT; LoRA on all linear layers over its peers on a Llama.
+    A bottleneck, whose peer may be faster than the floor is, is held against that peer."""
+    if method.kind == "adapter" and model.name == "bert-6x384" and options.device.type == "cpu":
+        return [Gate(1.0, against="adapterhub")]
     if method.kind not in _LOW_RANK or options.quick:
         return []
     if options.device.type == "cpu":
@@ -165,12 +170,9 @@ class _Step:
         missing = [name for name, p in self.trained.items() if p.grad is None]
         if missing:
             raise RuntimeError(f"{len(missing)} trained parameters have no gradient, the first is {missing[0]}")
-        kinds: dict[str, list[Tensor]] = {}
-        for name, parameter in sorted(self.trained.items()):
-            assert parameter.grad is not None
-            kinds.setdefault(name.split(":")[-1], []).append(parameter.grad.flatten())
+        values = _values(loss, {name: p.grad for name, p in self.trained.items() if p.grad is not None})
         self.reset()
-        return {"loss": loss.detach()} | {f"d {kind}": torch.cat(grads) for kind, grads in kinds.items()}
+        return values
 
     def runner(self, backend: str = "", gated: bool = True) -> Runner:
         """The same as a Runner."""
@@ -178,6 +180,13 @@ class _Step:
             self.forward, lambda loss: loss.backward(), self.check if gated else None, self.reset, backend,
             tuple(self.module.parameters()),
         )  # fmt: skip
+
+
+def _values(loss: Tensor, gradients: Mapping[str, Tensor]) -> Values:
+    kinds: dict[str, list[Tensor]] = {}
+    for name, gradient in sorted(gradients.items()):
+        kinds.setdefault(name.split(":")[-1], []).append(gradient.flatten())
+    return {"loss": loss.detach()} | {f"d {kind}": torch.cat(grads) for kind, grads in kinds.items()}
 
 
 def _floor(options: Options, model: Model, dtype: torch.dtype) -> Runner:
@@ -205,6 +214,17 @@ def _runner(
 def _step(options: Options, model: Model, method: Method, dtype: torch.dtype, build: Build) -> _Step:
     module, trained = adapted(model, method, model.build(options.device, dtype), build)
     return _Step(model, module.train(), trained)
+
+
+def _adapterhub_runner(options: Options, model: Model, method: Method, dtype: torch.dtype) -> Runner:
+    """The same weights and batch in another process. Its adapters have the model's dtype: it knows no other."""
+    base: Any = model.build(options.device, dtype)
+    job = {"config": base.config.to_diff_dict(), "state": base.state_dict(), "batch": model.inputs(options.device)}
+    job |= {"labels": job["batch"].pop("labels"), "gate_rows": model.gate_rows, "dtype": dtype, "p": method.p}
+    job |= {"reduction_factor": 16, "threads": torch.get_num_threads()}
+    trained = adapted(model, method, base, PLAIN[method.kind])[1]
+    peer = _adapterhub.Peer(job | {"trained": {name: p.detach() for name, p in trained.items()}})
+    return Runner(peer.step, check=lambda: _values(*peer.check()), backend=peer.versions, sample=peer.step)
 
 
 def _reference(options: Options, model: Model, method: Method, dtype: torch.dtype) -> Values:

@@ -19,7 +19,11 @@ def test_gates_belong_to_the_shapes_they_were_set_for():
         "bert-6x384 lora all p0.1 f32": [1.12], "bert-6x384 lora all p0.1 bf16": [1.20],
         "bert-6x384 lora q,v p0.1 f32": [1.06], "bert-6x384 lora q,v p0.1 bf16": [1.08],
         "bert-6x384 dora all p0.1 f32": [1.20], "bert-6x384 dora all p0.1 bf16": [1.30],
+        "bert-6x384 bottleneck p0 f32": [1.0], "bert-6x384 bottleneck p0 bf16": [1.0],
+        "bert-6x384 bottleneck p0.1 f32": [1.0], "bert-6x384 bottleneck p0.1 bf16": [1.0],
     }  # fmt: skip
+    ((call, gates),) = ((case.label, case.gates) for case in _cases.listed(FULL, ["overhead"], None) if case.gates)
+    assert call == "call no grad 1x64->64 r8 f32" and [(gate.limit, gate.against) for gate in gates] == [(25.0, "")]
     gated = {case.label: case.gates for case in _cases.listed(GPU, [], None) if case.gates}
     assert {gate.against for gate in gated["llama-8b-layers lora all p0.1 bf16"]} == {"peft"}
     assert {gate.metric for gate in gated["llama-8b-layers lora all p0.1 bf16"]} == {"speed", "peak"}
