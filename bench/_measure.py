@@ -19,7 +19,8 @@ from ._row import Quantiles, Row, quantiles
 OURS, FLOOR, YARDSTICK = "peftkern", "floor", "torch"
 SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 MODES = ("forward", "backward", "full")
-_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+"""Whoever errs more does other work. Gradients at the bottom of six layers in bf16 are off by 3e-2 in plain PyTorch."""
 
 
 class DeviceLost(RuntimeError):

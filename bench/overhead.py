@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftkern as pk
@@ -58,7 +57,6 @@ def _crossing(options: Options, shape: Shape) -> Case:
     inputs = functools.cache(lambda: Inputs(options.device, shape))
     providers: dict[str, Callable[[], Runner]] = {
         FLOOR: lambda: _linear(inputs()),
-        YARDSTICK: lambda: _products(inputs()),
         OURS: lambda: _op(inputs()),
         "kernel": lambda: _op(inputs(), "cpu"),
         "products": lambda: _op(inputs(), "reference"),
@@ -84,16 +82,6 @@ def _linear(t: Inputs) -> Runner:
     if not t.shape.train:
         return _peers.inference(lambda: base(x), gated=False)
     return _peers.differentiable(lambda: base(x), {"x": x}, t.dy, parameters=t.frozen())
-
-
-def _products(t: Inputs) -> Runner:
-    """Three products and nothing else, as somebody writes them who minds every call."""
-    x, a, b = _peers.leaf(t.x), _peers.leaf(t.a), _peers.leaf(t.b)
-
-    def run() -> Tensor:
-        return torch.addmm(F.linear(x, t.weight, t.bias), F.linear(x, a), b.T, alpha=SCALE)
-
-    return runner(t, run, {"x": x, "a": a, "b": b}, run)
 
 
 def _op(t: Inputs, backend: str | None = None) -> Runner:

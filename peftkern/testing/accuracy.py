@@ -29,7 +29,8 @@ def assert_as_good_as_torch(
     PyTorch was lucky in an ill-conditioned case, the budget is at least what the float64 result changes by when every
     input moves by half an epsilon, and by up to 8 epsilons more for one element (8 / √n for n): moves of many inputs
     cancel, the roundings of a sum taken in one chain less so, and few elements do not average them out. Random cases on
-    the CPU needed 3 to 6 of these 8 in four ops, and once 8.7: column_scale, 128 equal rows of 3. Errors are ‖got - want‖ / ‖want‖.
+    the CPU needed 3 to 6 of these 8 in four ops, and once 8.7: column_scale, 128 equal rows of 3.
+    Errors are ‖got - want‖ / ‖want‖.
     Compared are all outputs and, for an upstream gradient drawn from a fixed seed, the gradients of the tensors named
     in `grads`; None means those that require grad, and it is a ValueError when none does, since half of the test would
     be missing. Shape and dtype must be those of `reference`, integer outputs equal. One tensor given under two names
