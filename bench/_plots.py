@@ -34,15 +34,18 @@ def pictures(result: Result) -> dict[str, bytes]:
     except ImportError:
         return {}
     matplotlib.use("Agg")
-    found = {".png": bars(result), "-heat.png": heat_map(result)}
+    kernels = list(dict.fromkeys(row.kernel_name for row in result.rows))
+    found = {"-heat.png": heat_map(result)}
+    found |= {f"-{name}.png" if len(kernels) > 1 else ".png": bars(result, name) for name in kernels}
     return {end: picture for end, picture in found.items() if picture is not None}
 
 
-def bars(result: Result) -> bytes | None:
-    """The whole pass over the floor, one group of bars per case that is no cell of the heat map alone."""
+def bars(result: Result, kernel: str) -> bytes | None:
+    """The whole pass over the floor, one group of bars per case of a kernel that is no cell of the heat map alone."""
     groups: dict[str, dict[str, Quantiles]] = {}
     for row in result.rows:
-        if is_whole(row) and FLOOR in row.ratios and not row.config.get("light"):
+        whole = is_whole(row) and FLOOR in row.ratios and not row.config.get("light")
+        if whole and row.kernel_name == kernel:
             groups.setdefault(f"{row.kernel_name} {case_name(row)}", {})[row.kernel_provider] = row.ratios[FLOOR]
     if not groups:
         return None

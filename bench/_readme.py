@@ -109,8 +109,12 @@ def _provenance(file: dict[str, Any], top: Path) -> str:
     gates = [gate for gate in file.get("gates", ()) if gate["met"] is not None]
     if gates:
         text += f" {sum(gate['met'] for gate in gates)} of {len(gates)} gates met"
-        missed = [f"{gate['case']}: {gate['wanted']}" for gate in gates if not gate["met"]]
-        text += f"; missed: {'; '.join(missed)}." if missed else "."
+        missed: dict[str, list[str]] = {}
+        for gate in gates:
+            if not gate["met"]:
+                missed.setdefault(gate["wanted"], []).append(gate["case"])
+        marks = [f"{wanted}: {', '.join(cases)}" for wanted, cases in missed.items()]
+        text += f"; missed: {'; '.join(marks)}." if missed else "."
     if not file["complete"]:
         text += " The time budget cut the run short."
     if machine["kernel_sources_sha256"] != kernel_hash(machine["device"], top):

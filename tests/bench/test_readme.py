@@ -96,7 +96,7 @@ def test_missed_gates_are_named(checkout: Path) -> None:
     gates = [{"case": "low_rank 64", "wanted": "forward <= 2 x floor", "met": met} for met in (True, False, None)]
     write(checkout, "cuda", "some-gpu", gates=gates)
     text = " ".join(_readme.figures(checkout).split())
-    assert "1 of 2 gates met; missed: low_rank 64: forward <= 2 x floor." in text
+    assert "1 of 2 gates met; missed: forward <= 2 x floor: low_rank 64." in text
 
 
 def test_a_run_cut_short_says_so(checkout: Path) -> None:
