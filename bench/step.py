@@ -21,7 +21,7 @@ from peftkern.ops._op import every
 from . import _adapterhub, _decode, _peers
 from ._adapters import METHODS, PLAIN, PROVIDERS, Build, Method, adapted, ours
 from ._clock import Runner, Values
-from ._measure import FLOOR, OURS, SHORT, YARDSTICK, Case, Cost, Gate, Options
+from ._measure import FLOOR, OURS, SHORT, YARDSTICK, Case, Cost, Gate, Options, passes
 from ._models import Model, models
 
 _MAIN = (METHODS[0], METHODS[4], METHODS[2], METHODS[6])
@@ -244,8 +244,7 @@ def _cost(options: Options, model: Model, dtype: torch.dtype) -> Mapping[str, Co
         loss = step.forward()
     with FlopCounterMode(display=False) as backward:
         loss.backward()  # type: ignore[no-untyped-call]
-    costs = {"forward": Cost(forward.get_total_flops()), "backward": Cost(backward.get_total_flops())}
-    return costs | {"full": costs["forward"] + costs["backward"]}
+    return passes(Cost(forward.get_total_flops()), Cost(backward.get_total_flops()))
 
 
 def _by_name(options: Options, model: Model, dtype: torch.dtype, name: str) -> Runner:

@@ -18,8 +18,7 @@ constexpr int kDotCols = PEFTKERN_LEVEL >= 2 ? 8 : 4;
 constexpr int kTileRows = PEFTKERN_LEVEL >= 2 ? 8 : 4;
 constexpr int kTileVecs = 3;
 constexpr int kPanel = kTileVecs * kLanes;  // columns of an expand or outer tile
-constexpr int64_t kRowChunk =
-    64;  // rows of a row-parallel task: a power of 2, as M often is, so that threads get equal shares
+constexpr int64_t kRowChunk = 64;           // rows of a row-parallel task; M is often a multiple: equal shares
 template <class T>
 constexpr int64_t kColBlock = 192 / sizeof(T);  // columns of a column-parallel task: whole cache lines and panels
 constexpr int64_t kOuterRows = 64;              // rows staged at a time by outer

@@ -8,6 +8,7 @@ import itertools
 import math
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,9 @@ def autograd(
     op_backward.register_fake(_filled(backward_fake))
     op.register_autograd(functools.partial(gradients, op_backward), setup_context=setup_context)
 
-    function = (_function_of_lists if "Tensor[]" in schema else _function)(forward, backward, setup_context, gradients)
+    has_lists = "Tensor[]" in schema
+    parts = forward, setup_context, functools.partial(gradients, backward)
+    function = _function(*(_one_by_one(*parts) if has_lists else parts))
     function.__name__ = function.__qualname__ = name
 
     def call(*args: Any) -> Any:
@@ -86,7 +89,7 @@ def autograd(
             return op(*args)
         if not torch.is_grad_enabled() or not requires_grad(*args):
             return forward(*args)
-        if "Tensor[]" not in schema:
+        if not has_lists:
             return function.apply(*args)  # type: ignore[no-untyped-call]
         lengths = tuple(len(arg) if _is_tensors(arg) else None for arg in args)
         return function.apply(lengths, *_flat(args, lengths))  # type: ignore[no-untyped-call]
@@ -109,10 +112,7 @@ def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _function(
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    setup_context: Callable[..., None],
-    gradients: Callable[..., Any],
+    forward: Callable[..., Any], setup_context: Callable[..., None], gradients: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
         @staticmethod
@@ -123,41 +123,40 @@ def _function(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return gradients(backward, ctx, *grads)
+            return gradients(ctx, *grads)
 
     return Function
 
 
-def _function_of_lists(
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    setup_context: Callable[..., None],
-    gradients: Callable[..., Any],
-) -> type[torch.autograd.Function]:
-    """The autograd function of the arguments behind `lengths`, whose lists of tensors it has been given one by one."""
+def _one_by_one(
+    forward: Callable[..., Any], setup_context: Callable[..., None], gradients: Callable[..., Any]
+) -> tuple[Callable[..., Any], Callable[..., None], Callable[..., Any]]:
+    """The same for arguments behind `lengths`, whose lists of tensors autograd is given one by one."""
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, lengths: tuple[int | None, ...], *flat: Any) -> Any:
-            args = _nested(flat, lengths)
-            output = forward(*args)
-            ctx.lengths, needs = lengths, ctx.needs_input_grad
-            ctx.needs_input_grad = _nested(needs[1:], lengths)
-            setup_context(ctx, args, output)
-            ctx.needs_input_grad = needs
-            return output
+    def flat_forward(lengths: tuple[int | None, ...], *flat: Any) -> Any:
+        return forward(*_nested(flat, lengths))
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            needs = ctx.needs_input_grad
-            ctx.needs_input_grad = _nested(needs[1:], ctx.lengths)
-            try:
-                found = gradients(backward, ctx, *grads)
-            finally:
-                ctx.needs_input_grad = needs
-            return (None, *_flat(found, ctx.lengths))
+    def flat_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.lengths, *flat = inputs
+        with _nested_needs(ctx):
+            setup_context(ctx, _nested(flat, ctx.lengths), output)
 
-    return Function
+    def flat_gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        with _nested_needs(ctx):
+            found = gradients(ctx, *grads)
+        return (None, *_flat(found, ctx.lengths))
+
+    return flat_forward, flat_setup_context, flat_gradients
+
+
+@contextmanager
+def _nested_needs(ctx: Any) -> Iterator[None]:
+    needs = ctx.needs_input_grad
+    ctx.needs_input_grad = _nested(needs[1:], ctx.lengths)
+    try:
+        yield
+    finally:
+        ctx.needs_input_grad = needs
 
 
 def requires_grad(*args: Any) -> bool:

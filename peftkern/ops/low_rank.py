@@ -111,11 +111,11 @@ def low_rank(
     if weight is not None and torch.is_grad_enabled() and requires_grad(weight, bias):
         base_out, weight = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None
         bias = bias if column_scale is not None else None
-    (r, k), n = a.shape, b.shape[0]
-    plain = _is_plain(x, a, b, column_scale, rank_scale, update_scale, p)
-    backend = choose("low_rank", x, a, M=math.prod(x.shape[:-1]), K=k, N=n, R=r, plain=plain)
+    scales = column_scale, rank_scale, update_scale
+    sizes = _sizes(x, a, b, column_scale=column_scale, rank_scale=rank_scale, update_scale=update_scale, p=p)
+    backend, (r, k), n = choose("low_rank", x, a, **sizes), a.shape, b.shape[0]
     if backend == "reference" or r == 0 or k == 0 or n == 0:
-        if plain and r > 0 and k > 0:
+        if sizes["plain"] and r > 0 and k > 0:
             return _three_products(x, a, b, scale, weight, bias, base_out)
         return reference(
             x, a, b, scale=scale, weight=weight, bias=bias, base_out=base_out, column_scale=column_scale,
@@ -132,15 +132,8 @@ def low_rank(
                 )  # fmt: skip
             return base_out
     keep = column_scale is not None and column_scale.requires_grad and torch.is_grad_enabled()
-    scales = column_scale, rank_scale, update_scale
     out: Tensor = _differentiable(x, a, b, weight, bias, base_out, *scales, scale, p, seed, backend, keep)[0]
     return out
-
-
-def _is_plain(
-    x: Tensor, a: Tensor, b: Tensor, c: Tensor | None, d: Tensor | None, e: Tensor | None, p: float
-) -> bool:
-    return p == 0.0 and c is None and d is None and e is None and x.dtype == a.dtype == b.dtype
 
 
 def _three_products(
@@ -166,7 +159,8 @@ def _sizes(
 ) -> dict[str, int]:  # fmt: skip
     if a is None or b is None:
         return {}
-    plain = _is_plain(x, a, b, column_scale, rank_scale, update_scale, p)
+    plain = p == 0.0 and column_scale is None and rank_scale is None and update_scale is None
+    plain = plain and x.dtype == a.dtype == b.dtype
     return {"M": math.prod(x.shape[:-1]), "K": a.shape[1], "N": b.shape[0], "R": a.shape[0], "plain": plain}
 
 
