@@ -98,7 +98,9 @@ class BaseLayer:
         """Parameters of the module's own layout and dtype that hold `weight` [N, K] and `bias` [N]."""
         old = self.weights()
         if bias is not None and "bias" not in old:
-            raise MergeError(f"{self.path}: the adapter has a bias and the base layer has none to merge it into")
+            raise MergeError(
+                f"{self.path}: the adapter has a bias and the base layer has none to merge it into: keep it unmerged"
+            )
         laid_out = (weight.T if self._transposed else weight).to(old["weight"].dtype).contiguous()
         new = {"weight": nn.Parameter(laid_out, requires_grad=False)}
         if bias is not None:

@@ -134,9 +134,9 @@ def test_misspelt_field() -> None:
         pk.LoraConfig.from_dict({"lora_alhpa": 3})
     with pytest.raises(TypeError, match="lora_alhpa"):
         pk.LoraConfig(lora_alhpa=3)
-    with pytest.raises(ConfigError, match="lora_bias=True is not implemented"):
-        pk.LoraConfig.from_dict({"lora_bias": True})
-    assert pk.LoraConfig.from_dict({"lora_bias": False, "peft_type": "LORA"}) == pk.LoraConfig()
+    with pytest.raises(ConfigError, match="use_qalora=True is not implemented"):
+        pk.LoraConfig.from_dict({"use_qalora": True})
+    assert pk.LoraConfig.from_dict({"use_qalora": False, "peft_type": "LORA"}) == pk.LoraConfig()
 
 
 def ranges() -> list[tuple[str, str, object]]:
