@@ -9,10 +9,13 @@ TEXT   ?=
 OUT    ?= demo
 # make test ARGS="-k low_rank"
 ARGS   ?=
+# Processes that share the tests, each with one thread of PyTorch's, a core and about 2 GB; make test JOBS=0 ARGS=--pdb
+JOBS   ?= 2
 
 BIN     := $(VENV)/bin
 # The constraint keeps every later install on the torch of the first one.
 PIP     := PIP_CONSTRAINT=$(abspath $(VENV))/constraints.txt $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
@@ -31,6 +34,7 @@ $(VENV)/.torch:
 $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	$(PIP) --no-build-isolation --editable .
 	$(PIP) --use-pep517 "peftkern[train]"
+	@ls peftkern/_C.*.so > /dev/null 2>&1 || echo "peftkern: the C++ extension was not built, so that plain PyTorch runs in its place: $(BIN)/peftkern doctor says why"
 	touch $@
 
 $(VENV)/.backbone: $(VENV)/.torch
@@ -47,11 +51,11 @@ demo: $(VENV)/.package $(VENV)/.backbone
 # Twice: the second process runs the Triton kernels through the interpreter, on the tests that hold for every op; the whole of tests/ops takes it over
 # half an hour (make test-triton). ARGS may select none of them.
 test: $(VENV)/.dev
-	$(OFFLINE) $(BIN)/python -m pytest $(ARGS)
-	$(OFFLINE) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops/test_all_ops.py $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]
+	$(OFFLINE) $(PYTEST) $(ARGS)
+	$(OFFLINE) TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_all_ops.py $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]
 
 test-triton: $(VENV)/.dev
-	$(OFFLINE) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops $(ARGS)
+	$(OFFLINE) TRITON_INTERPRET=1 $(PYTEST) tests/ops $(ARGS)
 
 # The quick cases under pytest-benchmark, then the whole benchmark on the CPU: its files land in bench/results/cpu. On a GPU:
 # make bench ARGS="--device cuda". `make readme-figures` then writes README's tables from what lies in bench/results.
@@ -105,5 +109,5 @@ cuda: $(VENV)/.package
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks .hypothesis
-	find peftkern -name '*.so' -delete
+	find peftkern -name '*.so' -delete -o -name '*.not-built.txt' -delete
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,8 @@
 """Builds the compiled parts; everything else about the package stands in pyproject.toml.
 
 peftkern._C     csrc/module.cpp and csrc/cpu/*.cpp. Needs a C++20 compiler, torch and pybind11. Optional: where it
-                cannot be built the package installs as pure Python and says so.
+                cannot be built the package installs as pure Python, with a note of the reason in it: pip shows what a
+                build says only under -v, `peftkern doctor` shows the note.
 peftkern._cuda  csrc/cuda/*.cu, a library without a Python module. Built where torch is a CUDA build and nvcc exists;
                 PEFTKERN_BUILD_CUDA=1 or 0 decides otherwise.
 
@@ -78,29 +79,47 @@ def nvcc_command(nvcc: str, torch: Path) -> list[str]:
     return [nvcc, "-c", "-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", *defines, *includes, *codes]
 
 
-def call(command: list[str]) -> None:
-    """Run a build step; its failure is a failed build of one optional extension."""
+def call(command: list[str], **_options: Any) -> None:
+    """Run a build step; its failure is a failed build of one optional extension, and says what the step said last."""
     print(" ".join(command), flush=True)
     try:
-        subprocess.run(command, check=True, cwd=ROOT)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise CompileError(str(error)) from error
+        done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, errors="replace")
+    except OSError as error:
+        raise CompileError(f"{command[0]} does not run: {error}") from error
+    print(done.stderr, end="", file=sys.stderr, flush=True)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-12:]
+        raise CompileError("\n".join([f"{command[0]} ended with exit code {done.returncode}:", *last]))
 
 
 def up_to_date(target: Path, needed: list[str]) -> bool:
     return target.exists() and all((ROOT / path).stat().st_mtime <= target.stat().st_mtime for path in needed)
 
 
+class Missing(Extension):
+    """An extension that cannot be built here, for want of something that its build needs."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, [], optional=True)
+        self.reason = reason
+
+
 class BuildExt(build_ext):
     """Compiles the files of one extension in parallel, and .cu files with nvcc."""
 
     def run(self) -> None:
+        self.reasons: dict[str, str] = {}
         # One place for editable installs, wheels and in-place builds, which then compile a source once.
         self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}-torch-{torch_version()}")
         super().run()
         for ext in self.extensions:
-            if not Path(self.get_ext_fullpath(ext.name)).exists():
-                say(f"{ext.name} was not built (see above); the package works without it, more slowly")
+            target = Path(self.get_ext_fullpath(ext.name))
+            note = target.with_name(f"{ext.name.rpartition('.')[2]}.not-built.txt")
+            note.unlink(missing_ok=True)
+            if ext.name in self.reasons:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                note.write_text(self.reasons[ext.name] + "\n", encoding="utf-8")
+                say(f"{ext.name} was not built; the package works without it, more slowly. {self.reasons[ext.name]}")
 
     def copy_file(self, infile: str, outfile: str, **options: Any) -> tuple[str, bool]:
         """Replace the file instead of overwriting it: a running process may have the old library mapped."""
@@ -108,6 +127,16 @@ class BuildExt(build_ext):
         return super().copy_file(infile, outfile, **options)
 
     def build_extension(self, ext: Extension) -> None:
+        try:
+            self.build_one(ext)
+        except Exception as error:
+            self.reasons[ext.name] = str(error)
+            raise
+
+    def build_one(self, ext: Extension) -> None:
+        if isinstance(ext, Missing):
+            raise CompileError(ext.reason)
+        self.compiler.call = self.compiler.spawn = call  # newer setuptools, and older
         if not (self.force or not up_to_date(Path(self.get_ext_fullpath(ext.name)), ext.depends)):
             return
         say(f"building {ext.name}: {len(ext.sources)} files")
@@ -180,10 +209,11 @@ class BuildCuda(Command):
             call([*command, source, "-o", str(out / (Path(source).stem + ".o"))])
 
 
-def cpu_extension(torch: Path) -> Extension | None:
+def cpu_extension(torch: Path | None) -> Extension:
+    if torch is None:
+        return Missing("peftkern._C", "torch was not installed where it was built: want --no-build-isolation")
     if importlib.util.find_spec("pybind11") is None:
-        say("pybind11 is missing, so the CPU kernels are not compiled; pip install pybind11, then build again")
-        return None
+        return Missing("peftkern._C", "pybind11 was not installed where it was built")
     import pybind11
 
     texts = {
@@ -206,7 +236,9 @@ def cpu_extension(torch: Path) -> Extension | None:
     )
 
 
-def cuda_extension(torch: Path) -> Extension | None:
+def cuda_extension(torch: Path | None) -> Extension | None:
+    if torch is None:
+        return None
     from torch.version import cuda
 
     wanted = os.environ.get("PEFTKERN_BUILD_CUDA", "1" if cuda else "0") == "1"
@@ -214,8 +246,7 @@ def cuda_extension(torch: Path) -> Extension | None:
     if not wanted or not files:
         return None
     if nvcc is None:
-        say("nvcc is missing, so the CUDA kernels are not compiled; Triton kernels serve the GPU")
-        return None
+        return Missing("peftkern._cuda", "nvcc was not found where it was built; Triton kernels serve the GPU")
     return Extension(
         "peftkern._cuda",
         files,
@@ -230,9 +261,6 @@ def cuda_extension(torch: Path) -> Extension | None:
 
 def extensions() -> list[Extension]:
     torch = torch_root()
-    if torch is None:
-        say("torch is not installed, so nothing is compiled; install torch, then build with --no-build-isolation")
-        return []
     return [ext for ext in (cpu_extension(torch), cuda_extension(torch)) if ext is not None]
 
 

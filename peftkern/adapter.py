@@ -92,6 +92,13 @@ class AdapterConfig:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {key: sorted(v) if isinstance(v, (set, frozenset)) else v for key, v in fields.items()}
 
+    def __new__(cls: type[C], *_args: Any, **fields: Any) -> C:
+        """An instance; ConfigError, with near names, for a field that there is not."""
+        if unknown := fields.keys() - cls.__dataclass_fields__.keys():
+            name = min(unknown)
+            raise ConfigError(f"{cls.__name__} has no field {name!r}{near(name, cls.__dataclass_fields__)}")
+        return object.__new__(cls)
+
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
         """Build from a mapping; an unknown field, or one that asks for what is not implemented, raises ConfigError."""

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from peftkern.adapter import AdapterConfig
 from peftkern.attachment import STATE, Attachment, activate, adapted_modules, attached, known, replace_module, state
+from peftkern.base import is_pretrained
 from peftkern.errors import AdapterError, ConfigError, MergeError
 from peftkern.plan import Plan
 
@@ -168,7 +168,7 @@ def merge_and_unload(model: M) -> M:
 def _note_untied(model: nn.Module) -> None:
     """A saved model is tied again when it is loaded, unless its configuration says that it no longer is."""
     config = getattr(model, "config", None)
-    if isinstance(model, PreTrainedModel) and getattr(config, "tie_word_embeddings", False):
+    if is_pretrained(model) and getattr(config, "tie_word_embeddings", False):
         ends = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if None not in ends and ends[0].weight is not ends[1].weight:
             model.config.tie_word_embeddings = False

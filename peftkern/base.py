@@ -5,11 +5,16 @@ Every kind is seen as a linear map with `weight` [N, K]: an embedding maps one-h
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from peftkern.errors import MergeError, TargetError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)  # others (quantised, sharded) bring their own product
 
@@ -25,8 +30,9 @@ class BaseLayer:
         self.module = module
         self.path = path
         self.is_embedding = isinstance(module, nn.Embedding)
-        self._transposed = self.is_embedding or isinstance(module, Conv1D)
-        self._plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+        self._transposed = self.is_embedding or isinstance(module, _conv1d())
+        plain: tuple[type[nn.Module], ...] = (nn.Linear, *_conv1d())
+        self._plain = type(module).forward in [kind.forward for kind in plain]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The module's own output."""
@@ -92,7 +98,9 @@ class BaseLayer:
         """Parameters of the module's own layout and dtype that hold `weight` [N, K] and `bias` [N]."""
         old = self.weights()
         if bias is not None and "bias" not in old:
-            raise MergeError(f"{self.path}: the adapter has a bias and the base layer has none to merge it into")
+            raise MergeError(
+                f"{self.path}: the adapter has a bias and the base layer has none to merge it into: keep it unmerged"
+            )
         laid_out = (weight.T if self._transposed else weight).to(old["weight"].dtype).contiguous()
         new = {"weight": nn.Parameter(laid_out, requires_grad=False)}
         if bias is not None:
@@ -116,7 +124,22 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def is_supported(module: nn.Module) -> bool:
     """Whether adapters can sit on this module."""
-    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
+    return isinstance(module, (nn.Linear, nn.Embedding, *_conv1d()))
+
+
+def is_pretrained(model: nn.Module) -> TypeGuard[PreTrainedModel]:
+    """Whether this is a model of transformers."""
+    found = _loaded("transformers.modeling_utils", "PreTrainedModel")
+    return isinstance(model, found)
+
+
+def _conv1d() -> tuple[type[nn.Module], ...]:
+    return _loaded("transformers.pytorch_utils", "Conv1D")
+
+
+def _loaded(module: str, name: str) -> tuple[type[nn.Module], ...]:
+    """A class of transformers; none where it is not imported yet, since no module can then be of that class."""
+    return (getattr(sys.modules[module], name),) if module in sys.modules else ()
 
 
 def adapter_dtype(base: torch.dtype) -> torch.dtype:

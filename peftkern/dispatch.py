@@ -26,6 +26,7 @@ from peftkern.errors import BackendError, near
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ASK_DOCTOR = "; `peftkern doctor` says how to build it"
 _forced: str | None = os.environ.get("PEFTKERN_BACKEND") or None
 _limits: dict[str, Limit] = {}
 
@@ -176,7 +177,7 @@ def load_library(name: str) -> Path | str:
     stem = {"cpu": "_C", "cuda": "_cuda"}[name]
     found = sorted(Path(__file__).parent.glob(f"{stem}*.so")) + sorted(Path(__file__).parent.glob(f"{stem}*.pyd"))
     if not found:
-        return f"the compiled extension peftkern/{stem} is not built; `peftkern doctor` says how to build it"
+        return f"the compiled extension peftkern/{stem} is not built{ASK_DOCTOR}"
     try:
         if name == "cpu":
             importlib.import_module("peftkern._C")

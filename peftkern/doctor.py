@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -59,7 +60,7 @@ def report(findings: list[Finding]) -> str:
             lines += ["", section] if lines else [section]
         lines.append(f"  {'!' if finding.problem else ' '} {finding.name:<{width}}  {finding.detail}".rstrip())
         if finding.problem:
-            lines.append(f"    {'':<{width}}  {finding.problem}")
+            lines += [f"    {'':<{width}}  {line}" for line in finding.problem.splitlines()]
         if finding.fix:
             lines.append(f"    {'':<{width}}  mend with: {finding.fix}")
     return "\n".join(lines)
@@ -72,7 +73,17 @@ def build_command() -> str:
     tools = f"{pip} 'setuptools>=77' wheel ninja pybind11"
     if (root / "setup.py").is_file():
         return f"{tools} && {pip} --no-build-isolation --no-deps --editable {root}"
-    return f"{tools} && {pip} --no-build-isolation --no-deps --force-reinstall --no-binary peftkern peftkern"
+    source = _source() or "--no-binary peftkern peftkern"
+    return f"{tools} && {pip} --no-build-isolation --no-deps --force-reinstall {source}"
+
+
+def _source() -> str | None:
+    """Where pip installed it from, unless that was an index."""
+    try:
+        told = importlib.metadata.distribution("peftkern").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return json.loads(told)["url"] if told else None
 
 
 def _versions() -> Iterator[Finding]:
@@ -141,7 +152,7 @@ def _backends() -> Iterator[Finding]:
     yield Finding("backends", "reference", "plain PyTorch, any device")
     library = dispatch.load_library("cpu")
     if isinstance(library, str):
-        yield Finding("backends", "cpu", "", library, _compiler_fix() + build_command())
+        yield Finding("backends", "cpu", "", _not_built("_C", library), _compiler_fix() + build_command())
     else:
         info = importlib.import_module("peftkern._C")
         built = ", ".join(f"{key} {value}" for key, value in info.build_info().items())
@@ -154,7 +165,14 @@ def _backends() -> Iterator[Finding]:
         yield Finding("backends", "cuda", f"not used: {library}")
     else:
         nvcc = "" if shutil.which("nvcc") else "install the CUDA toolkit (nvcc), then "
-        yield Finding("backends", "cuda", "", library, nvcc + build_command())
+        yield Finding("backends", "cuda", "", _not_built("_cuda", library), nvcc + build_command())
+
+
+def _not_built(stem: str, reason: str) -> str:
+    """The reason, and under it what the build left to read: the compiler's last lines."""
+    note = Path(peftkern.__file__).parent / f"{stem}.not-built.txt"
+    said = note.read_text(encoding="utf-8", errors="replace").rstrip() if note.is_file() else ""
+    return f"{reason.removesuffix(dispatch.ASK_DOCTOR)}\n{said}".rstrip()
 
 
 def _compiler_fix() -> str:

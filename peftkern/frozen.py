@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from peftkern import targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class FrozenPrefix(nn.Module):

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from peftkern import frozen, prefixing, prompting, registry, targets
+from peftkern import frozen, prompting, registry, targets
 from peftkern.adapted import AdaptedModule
 from peftkern.adapter import AdapterConfig, InputTap, KeyValueAdapter, LayerAdapter, PromptAdapter, Selection
 from peftkern.attachment import (
@@ -61,6 +61,8 @@ class Plan:
         if issubclass(self.method, PromptAdapter):
             prompt_site = prompting.site(model)
             if issubclass(self.method, KeyValueAdapter):
+                from peftkern import prefixing  # imports transformers
+
                 prefixing.check(model, prompt_site.key_value_shape[0])
             weight = prompt_site.embedding.weight
             self.prompt = self.method(prompt_site, config).to(weight.device, adapter_dtype(weight.dtype))

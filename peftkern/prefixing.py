@@ -23,9 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from peftkern import ops
 from peftkern.adapter import KeyValueAdapter
 from peftkern.errors import TargetError
+from peftkern.targets import CACHE_NAMES
 
 ATTENTION = "peftkern_prefix"
-CACHE_NAMES = ("cache", "past_key_values")  # as transformers has called the argument since 5.24, and before
 _MARK = "_peftkern_prefixes"
 
 

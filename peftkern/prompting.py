@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from peftkern import ops
 from peftkern.adapter import KeyValueAdapter, PromptAdapter, PromptSite
+from peftkern.base import is_pretrained
 from peftkern.errors import TargetError
 from peftkern.ops.prompt_concat import IGNORED, source_index
-from peftkern.prefixing import CACHE_NAMES, Prefixes
+from peftkern.targets import CACHE_NAMES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def site(model: nn.Module) -> PromptSite:
     """Token width, embedding and config of a model; TargetError without a token embedding and for encoder-decoders."""
-    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    embedding = model.get_input_embeddings() if is_pretrained(model) else None
     embedding = getattr(embedding, "base_layer", embedding)
     if not isinstance(embedding, nn.Embedding):
         raise TargetError(f"{type(model).__name__} has no token embedding (nn.Embedding) to put a prompt beside")
@@ -47,6 +50,8 @@ class PromptHooks(nn.Module):
         self.__dict__["backbone"] = backbone if isinstance(backbone, nn.Module) else model
         self.prompts = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
+        from peftkern.prefixing import Prefixes  # imports transformers
+
         self.prefixes = Prefixes(model, self.backbone, self.prompts)
         self.pools: set[str] = set()
         self.keeps_rows = bool(getattr(model, "can_generate", lambda: False)())

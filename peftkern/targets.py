@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
-from peftkern.base import BaseLayer, is_supported
+from peftkern.base import BaseLayer, is_pretrained, is_supported
 from peftkern.errors import TargetError, near
 
 ATTENTION_PROJECTIONS = (
@@ -28,6 +27,9 @@ TASK_HEADS = ("classifier", "score", "qa_outputs", "classification_head", "pre_c
 
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Task types whose head trains with the adapter, unasked."""
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls the argument for keys and values seen before: since 5.24, and until then."""
 
 
 def matches(path: str, spec: list[str] | str | None) -> bool:
@@ -49,7 +51,7 @@ def match(model: nn.Module, config: Any) -> list[str]:
     if spec is None:
         spec = [n for n in ATTENTION_PROJECTIONS if any(matches(path, [n]) for path in candidates)] or "all-linear"
     if spec == "all-linear":
-        output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
+        output = model.get_output_embeddings() if is_pretrained(model) else None  # type: ignore[no-untyped-call]
         outputs = {path for path, module in named_modules(model) if module is output}
         chosen = [p for p, m in candidates.items() if not isinstance(m, nn.Embedding) and p not in outputs]
     else:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 
@@ -16,6 +17,12 @@ torch.set_num_threads(1)
 pytest_plugins = ["pytester"]
 if not any(point.value == "peftkern.testing.plugin" for point in entry_points(group="pytest11")):
     pytest_plugins.append("peftkern.testing.plugin")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: no collection of garbage during the tests has to walk it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=list(MODELS))

@@ -23,7 +23,8 @@ class LoraConfig(LayerConfig):
     """Fields as Hugging Face PEFT's LoraConfig.
 
     r: rank. lora_alpha: scale is alpha / r, or alpha / √r with use_rslora. lora_dropout: probability on A's input.
-    bias: "none", "all" or "lora_only", which of the backbone's own biases train. init_lora_weights: True (A Kaiming
+    bias: "none", "all" or "lora_only", which of the backbone's own biases train. lora_bias: B has a bias, which a merge
+    adds to the base layer's, so that this must have one then. init_lora_weights: True (A Kaiming
     uniform, B zero), "gaussian" (A normal with σ = 1/r) or False (both random: for tests). rank_pattern and
     alpha_pattern: module name or regular expression -> value that replaces r or lora_alpha there. fan_in_fan_out is
     read and written, but the layout is taken from the module itself. use_dora: DoRA, see `LoRA`.
@@ -31,7 +32,7 @@ class LoraConfig(LayerConfig):
 
     peft_type: ClassVar[str | None] = "LORA"
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "lora_bias": (False,), "use_qalora": (False,), "qalora_group_size": (16,),
+        "use_qalora": (False,), "qalora_group_size": (16,),
         "target_parameters": (None, []), "layer_replication": (None, []), "trainable_token_indices": (None, []),
         "ensure_weight_tying": (False,), "megatron_config": (None,), "megatron_core": ("megatron.core", None),
         "loftq_config": (None, {}), "eva_config": (None,), "corda_config": (None,), "lora_ga_config": (None,),
@@ -44,6 +45,7 @@ class LoraConfig(LayerConfig):
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     bias: str = "none"
+    lora_bias: bool = False
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
@@ -59,6 +61,9 @@ class LoraConfig(LayerConfig):
         self.one_of("bias", ("none", "all", "lora_only"))
         known = self.init_lora_weights in (True, False, "gaussian")
         self.require(known, "init_lora_weights", "True, False or 'gaussian'")
+        if self.lora_bias:
+            self.require(not self.use_dora, "use_dora", "False with lora_bias=True")
+            self.require(self.init_lora_weights in (True, False), "init_lora_weights", "a bool with lora_bias")
         self.require(all(rank > 0 for rank in (self.rank_pattern or {}).values()), "rank_pattern", "ranks > 0")
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, getattr(self, name) or {})
@@ -93,10 +98,13 @@ class LoRA(LayerAdapter):
 
     def __init__(self, base: BaseLayer, config: LoraConfig) -> None:
         super().__init__(base, config)
+        if config.lora_bias and base.is_embedding:
+            raise TargetError(f"{base.path} is an embedding: lora_bias=True is for nn.Linear and Conv1D")
         n, k, r = base.out_features, base.in_features, config.r
         weight, dtype = base.weight, adapter_dtype(base.weight.dtype)
         self.a = nn.Parameter(weight.new_empty(r, k, dtype=dtype))
         self.b = nn.Parameter(weight.new_zeros(n, r, dtype=dtype))
+        self.b_bias = nn.Parameter(weight.new_zeros(n, dtype=dtype)) if config.lora_bias else None
         self.scale = config.lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.p = 0.0 if base.is_embedding else config.lora_dropout
         self.is_embedding, self.embed_scale = base.is_embedding, base.embed_scale
@@ -123,15 +131,18 @@ class LoRA(LayerAdapter):
         linear = base.linear
         if linear is None:
             bias = None if c is None else self.base.bias
-            return ops.low_rank(
-                x, self.a, self.b, scale=self.scale, base_out=base(x), bias=bias, column_scale=c, p=p
-            )  # fmt: skip
-        weight, bias = linear
-        return ops.low_rank(x, self.a, self.b, scale=self.scale, weight=weight, bias=bias, column_scale=c, p=p)
+            y = ops.low_rank(x, self.a, self.b, scale=self.scale, base_out=base(x), bias=bias, column_scale=c, p=p)
+        else:
+            weight, bias = linear
+            y = ops.low_rank(x, self.a, self.b, scale=self.scale, weight=weight, bias=bias, column_scale=c, p=p)
+        return y if self.b_bias is None else y + (self.scale * self.b_bias).to(y.dtype)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """W + s · B A or, with DoRA, c ⊙ (W + s · B A); the bias as it is."""
+        """W + s · B A or, with DoRA, c ⊙ (W + s · B A); the bias as it is, or with s times B's added."""
         weight, bias = super().merge(weight, bias)
+        if self.b_bias is not None:
+            shift = self.scale * self.b_bias.to(weight.dtype)
+            bias = shift if bias is None else bias + shift  # a base without a bias then refuses it
         return (weight if self.norms is None else self._column_scale().to(weight.dtype)[:, None] * weight), bias
 
     def train(self, mode: bool = True) -> LoRA:
@@ -143,7 +154,8 @@ class LoRA(LayerAdapter):
 
     def mixed_key(self) -> Hashable:
         """Plain updates of a linear map with the same dropout are one op for the whole batch."""
-        return None if self.is_embedding or self.norms is not None else self.p if self.training else 0.0
+        plain = not self.is_embedding and self.norms is None and self.b_bias is None
+        return (self.p if self.training else 0.0) if plain else None
 
     @classmethod
     def forward_mixed(cls, adapters: Sequence[LoRA], index: Tensor, base: BaseLayer, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -187,9 +199,13 @@ class LoRA(LayerAdapter):
             nn.init.zeros_(self.a)
         if config.init_lora_weights is False:
             nn.init.normal_(self.a if self.is_embedding else self.b, std=1 / config.r)
+            if self.b_bias is not None:
+                nn.init.normal_(self.b_bias, std=1 / config.r)
 
 
-_LINEAR_KEYS = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_LINEAR_KEYS = {
+    "a": "lora_A.weight", "b": "lora_B.weight", "b_bias": "lora_B.bias", "magnitude": "lora_magnitude_vector",
+}  # fmt: skip
 _LOOKUP = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 _EMBEDDING_KEYS = {"a": "lora_embedding_A", "b": "lora_embedding_B", "magnitude": "lora_magnitude_vector"}
 

@@ -194,9 +194,12 @@ def kernel(backend: str, op: str) -> dispatch.Backend:
     return loaded
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose_constant(op: str, device: str, dtype: torch.dtype, grad: bool, _forced: str | None) -> str:
     return dispatch.choose(op, torch.device(device), dtype, grad, M=_UNKNOWN_ROWS)
+
+
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo, which takes longer than torch.
+_choose_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _UNKNOWN_ROWS = 1 << 30

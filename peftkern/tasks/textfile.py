@@ -61,8 +61,13 @@ def read_lines(path: Path, encoding: str = "utf-8") -> list[str]:
 
 def _wrong_encoding(path: Path, raw: bytes, encoding: str, error: UnicodeDecodeError) -> str:
     line = raw.count(b"\n", 0, error.start) + 1
-    fits = next((name for name in _COMMON if name != encoding and _decodes(raw, name)), None)
-    fix = f"; it does decode as {fits}: set encoding={fits}" if fits else "; set `encoding` to what the file is in"
+    fits = [name for name in _COMMON if name != encoding and _decodes(raw, name)]
+    if raw[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and "utf-16" in fits:
+        fits.remove("utf-16")  # without its mark any even number of bytes is
+    which = "" if len(fits) == 1 else ", or another of these, whichever reads right"
+    fix = "; set `encoding` to what the file is in"
+    if fits:
+        fix = f"; it does decode as {', '.join(fits)}: set encoding={fits[0]}{which}"
     if encoding.lower() == CESU8:  # the failing byte is counted in the UTF-16 that lies between
         return f"{path}: not valid {encoding}{fix}"
     byte = error.object[error.start]

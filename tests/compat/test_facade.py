@@ -75,8 +75,8 @@ def test_a_configuration_of_peft_is_taken_over(peft, case):
     assert our_parameters(ours).keys() == our_parameters(expected).keys()
     prompt = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     assert our_parameters(pk.get_peft_model(build("llama"), prompt))["prompt_embeddings"].shape == (3, 24)
-    with pytest.raises(pk.errors.ConfigError, match="lora_bias"):
-        pk.get_peft_model(build("llama"), peft.LoraConfig(lora_bias=True))
+    with pytest.raises(pk.errors.ConfigError, match="use_qalora"):
+        pk.get_peft_model(build("llama"), peft.LoraConfig(use_qalora=True))
     with pytest.raises(pk.errors.UnknownMethodError, match="LOHA"):
         pk.get_peft_model(build("llama"), peft.LoHaConfig())
     with pytest.raises(pk.errors.ConfigError, match="dict"):

@@ -99,7 +99,6 @@ def written(directory, config, **changes):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("lora_bias", True),
         ("use_qalora", True),
         ("layer_replication", [[0, 1], [0, 2]]),
         ("target_parameters", ["mlp.weight"]),

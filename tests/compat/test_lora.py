@@ -37,6 +37,12 @@ CASES: dict[str, tuple[str, dict]] = {
     "bias-lora-only": ("llama-bias", {"bias": "lora_only", "target_modules": ["q_proj", "down_proj"]}),
     "bias-all-bert": ("bert-seq", {"bias": "all", "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
     "bias-lora-only-conv1d": ("gpt2", {"bias": "lora_only", "target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "lora-bias": ("llama-bias", {"lora_bias": True, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}),
+    "lora-bias-all": (
+        "llama-bias",
+        {"lora_bias": True, "bias": "all", "target_modules": ["q_proj"], "use_rslora": True},
+    ),
+    "lora-bias-conv1d": ("gpt2", {"lora_bias": True, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
     "patterns": (
         "llama",
         {

@@ -218,9 +218,9 @@ def test_a_configuration_in_a_wrong_encoding(saved: Path) -> None:
 def test_options_that_are_unknown_or_not_implemented(saved: Path) -> None:
     edit(saved, lora_alhpa=16)
     refused(saved, "no field 'lora_alhpa'; did you mean 'lora_alpha'", ConfigError)
-    edit(saved, lora_alhpa=..., lora_bias=True)
-    refused(saved, "lora_bias=True is not implemented and would change the result", ConfigError)
-    edit(saved, lora_bias=..., r=-1)
+    edit(saved, lora_alhpa=..., use_qalora=True)
+    refused(saved, "use_qalora=True is not implemented and would change the result", ConfigError)
+    edit(saved, use_qalora=..., r=-1)
     refused(saved, "r=-1: want an integer > 0", ConfigError)
 
 

@@ -131,6 +131,8 @@ def test_a_batch_that_fails_leaves_the_model_alone() -> None:
 def test_an_adapted_model_saves_each_input_once_and_its_latents(build: Callable[[], nn.Module]) -> None:
     """Over a bf16 backbone, dropout on, f32 adapters: per target h [M, 8] in f32 and a seed of 8 bytes, and per block
     those inputs that the frozen model has no need to save: query, key and value share one."""
+    if pk.explain("low_rank", torch.ones(1, 1)).backend == "reference":
+        pytest.skip("only the reference runs: plain PyTorch saves what it likes")
     batch = token_batch(labels=5)
     rows = batch["input_ids"].numel()
     names = ["query", "key", "value"] if build is tiny_bert else ["q_proj", "k_proj", "v_proj"]

@@ -22,7 +22,8 @@ from transformers import (
 import peftkern as pk
 from peftkern.attachment import state
 from peftkern.errors import ConfigError, TargetError
-from peftkern.prefixing import ATTENTION, CACHE_NAMES, PrefixedCache, cache_name
+from peftkern.prefixing import ATTENTION, PrefixedCache, cache_name
+from peftkern.targets import CACHE_NAMES
 from peftkern.testing.case import switch_checkpointing, unchanged
 from peftkern.testing.models import tiny_bert, tiny_gpt2, tiny_llama, token_batch
 

@@ -43,16 +43,18 @@ def test_an_old_requirement_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> Non
     assert doctor.main() == 1
 
 
-def test_a_missing_compiled_part_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "load_library", lambda name: f"peftkern/{name} is not built")
+def test_a_missing_compiled_part_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(dispatch, "load_library", lambda name: f"peftkern/{name} is not built{dispatch.ASK_DOCTOR}")
+    monkeypatch.setattr(doctor.peftkern, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "_C.not-built.txt").write_text("c++ ended with exit code 1:\nno such header\n")
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     cpu = found("backends")["cpu"]
-    assert cpu.problem == "peftkern/cpu is not built"
+    assert cpu.problem == "peftkern/cpu is not built\nc++ ended with exit code 1:\nno such header"
     assert "apt-get install g++" in cpu.fix and "--no-build-isolation" in cpu.fix and "pybind11" in cpu.fix
 
 
-def test_installed_without_compiler_triton_and_typer(installed: Path, tmp_path: Path) -> None:
+def test_installed_without_compiler_triton_and_typer(installed: Path, wheel: Path, tmp_path: Path) -> None:
     """A pure-Python wheel, with neither triton nor typer: everything still runs, and doctor says what is missing."""
     code = """
 import json, sys
@@ -68,7 +70,8 @@ print(json.dumps(findings))
 """
     findings = json.loads(python(code, tmp_path, installed).splitlines()[-1])
     problem, fix = findings["backends/cpu"]
-    assert "not built" in problem and "--no-build-isolation" in fix
+    assert "not built\n/nonexistent/c++ does not run: [Errno 2]" in problem and "peftkern doctor" not in problem
+    assert "--no-build-isolation" in fix and wheel.as_uri() in fix
     assert findings["backends/triton"] == ["triton is not installed", f"{sys.executable} -m pip install triton"]
     assert findings["methods/lora"][0] == ""
 

@@ -81,6 +81,13 @@ def test_importing_every_module_only_imports(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_importing_the_package_imports_neither_transformers_nor_the_compiler(tmp_path: Path) -> None:
+    """Together they take longer than torch itself, and the ops need neither."""
+    used = "import peftkern as pk, torch; pk.ops.low_rank(torch.ones(2, 8), torch.ones(2, 8), torch.ones(4, 2))"
+    finished = run(f"import sys; {used}; print(*{{'transformers', 'torch._dynamo'}} & {{*sys.modules}})", tmp_path)
+    assert finished.returncode == 0 and not finished.stdout.strip(), finished.stdout + finished.stderr
+
+
 @pytest.mark.parametrize(
     "work",
     [

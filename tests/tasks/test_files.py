@@ -100,6 +100,10 @@ def test_wrong_encoding_names_line_byte_and_fix(write):
     with pytest.raises(DataError, match=r"gb\.conll, line 2: byte 0xd6 is not valid utf-8; .*set encoding=gb18030"):
         read_conll(path)
     assert read_conll(path, "gb18030")[0].words == ("a", "中文")
+    path = write("latin.conll", "München\tO\na\tO\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"line 1: byte 0xfc .*cp1252.*: set .*whichever reads") as caught:
+        read_conll(path)
+    assert "utf-16" not in str(caught.value)
 
 
 def test_surrogates_in_utf8_are_cesu8(write):
