@@ -83,11 +83,6 @@ PEFTKERN_INLINE float sum_lanes(vf v) {
   for (int i = 0; i < kLanes; ++i) sum += v[i];
   return sum;
 }
-inline float row_dot(const float* a, const float* b, int64_t width) {
-  vf sum{};
-  for (int64_t c = 0; c < width; c += kLanes) sum += load(a + c) * load(b + c);
-  return sum_lanes(sum);
-}
 inline float row_max(const float* p) {
   vf top = load(p);
   for (int64_t c = kLanes; c < kKeys; c += kLanes) {

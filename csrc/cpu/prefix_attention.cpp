@@ -224,7 +224,11 @@ void backward_rows(const Attention& op, const Blocks& keys, int64_t b, int64_t k
   const Rows at(op, b, kvh, row, rows);
   float delta[kQueries];
   for (int64_t i = 0; i < rows; ++i) {
-    delta[i] = row_dot(w.o.get() + i * w.width, w.dout.get() + i * w.width, w.width);
+    // In f64: its error is that of every slope of the row, from which it is subtracted.
+    double sum = 0.0;
+    for (int64_t c = i * w.width; c < (i + 1) * w.width; ++c)
+      sum += static_cast<double>(w.o.get()[c]) * static_cast<double>(w.dout.get()[c]);
+    delta[i] = static_cast<float>(sum);
   }
   float *const p = w.p.get(), *const dp = w.dp.get(), *const dq = w.o.get();
   std::memset(dq, 0, static_cast<size_t>(rows * w.width) * sizeof(float));
