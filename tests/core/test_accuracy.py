@@ -140,7 +140,7 @@ class Chained(torch.autograd.Function):
 
 
 def test_moves_the_upstream_gradient():
-    """Equal rows move as one: only the upstream gradient shows that the sum over them cancels, here to between 1 and 4 % of its terms."""
+    """Equal rows move as one: only the upstream gradient shows that the sum over them cancels, here to 1 to 4 %."""
     generator = torch.Generator().manual_seed(215)
     x = torch.randn(1, 3, generator=generator, dtype=torch.float64).half().expand(128, 3)
     given = {"x": x, "s": torch.ones(3, requires_grad=True)}

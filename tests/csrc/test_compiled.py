@@ -341,8 +341,23 @@ def bad_calls() -> Iterator[tuple[str, str, list[object]]]:
     yield "column_scale_backward", r"x has shape \[4, 5\]", [x, dy, rand(6), True]
     yield "column_scale_backward", "dy has stride 2", [rand(4, 12)[:, ::2], x, rand(6), True]
     yield "column_scale_backward", "x is None and need_dx false", [x, None, rand(6), False]
+    index, one_adapter = torch.tensor([0, 0]), torch.tensor([[0, 0, 3, 0, 0]])
+    for message, cells, entries, most, ranks, dtype in (
+        ("row 0 of the table does not fit", one_adapter + torch.tensor([0, 0, 0, 1, 0]), index, 3, 3, 0),
+        ("row 0 of the table does not fit", one_adapter, index, 2, 3, 0),
+        ("row 0 of the table does not fit", one_adapter - torch.tensor([0, 0, 3, 0, 0]), index, 3, 0, 0),
+        ("the table's ranks add up to 3, want 4", one_adapter, index, 3, 4, 0),
+        ("the adapters' dtype has code 3", one_adapter, index, 3, 3, 3),
+        ("the adapters' dtype has code -1", one_adapter, index, 3, 3, -1),
+        ("index has 3 entries for 4 rows", one_adapter, torch.tensor([0, 0, 0]), 3, 3, 0),
+        ("index has 0 entries for 4 rows", one_adapter, index[:0], 3, 3, 0),
+        (r"index\[1\] is 1, want -1 to 0", one_adapter, torch.tensor([0, 1]), 3, 3, 0),
+        (r"index\[1\] is -2, want -1 to 0", one_adapter, torch.tensor([0, -2]), 3, 3, 0),
+    ):
+        yield "multi_low_rank_forward", message, [x, cells, entries, y, most, ranks, dtype, False, 0.0, None]
     ids, ones = torch.tensor([[0, 9]]), torch.ones(1, 2, dtype=torch.int64)
-    yield "prompt_concat_forward", "ids has 9 at flat index 1", [ids, rand(4, 6), rand(2, 6), ones, None]
+    yield "prompt_concat_forward", "ids has 9 at flat index 1", [ids, rand(9, 6), rand(2, 6), ones, None]
+    yield "prompt_concat_forward", "ids has -1 at flat index 0", [ids - 1, rand(9, 6), rand(2, 6), ones, None]
     yield "prompt_concat_forward", "mask has dtype Bool", [ids, rand(10, 6), rand(2, 6), ones.bool(), None]
     yield "prompt_concat_backward", "T is -1", [rand(1, 4, 6), ones, -1, True]
 
