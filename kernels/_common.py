@@ -40,18 +40,27 @@ def row_keys(seed_ptr, rows):
 
 @triton.jit
 def keep_mask(key1, key2, cols, threshold):
-    """[rows, cols] bool, True where dropout keeps the element. `threshold` is int32 bits of a uint32."""
+    """[rows, cols] bool, True where dropout keeps the element. `threshold` is int32 bits of a uint32.
+
+    One hash serves a pair of columns. The half that is the column's is moved to the top, where it meets the threshold;
+    the bits below it decide nothing, because the threshold's are zero.
+    """
     c = cols.to(tl.uint32)
+    lift = (1 - (c & 1)) * 16
+    c = c >> 1
     c = c ^ (c >> 16)
     x = (c[None, :] ^ key1[:, None]) * 0x21F0AAAD
     x = x ^ (x >> 15) ^ key2[:, None]
     x = x * 0xD35A2D97
-    x = x ^ (x >> 15)
+    x = (x ^ (x >> 15)) << lift[None, :]
     return x >= threshold.to(tl.uint32)
 
 
 class Dropout(NamedTuple):
-    """Launch arguments of dropout: `enabled` is a constexpr, `threshold` int32 bits, `inv_keep` = 1 / (1 - p)."""
+    """Launch arguments of dropout: `enabled` is a constexpr, `threshold` int32 bits, `inv_keep` = 1 / (1 - p).
+
+    p is a multiple of 2⁻¹⁶, the nearest; the threshold is its 16 bits above 16 zeros.
+    """
 
     enabled: bool
     threshold: int
@@ -67,8 +76,9 @@ def dropout_args(p: float, seed: torch.Tensor | None) -> Dropout:
         raise ValueError(f"p must be in [0, 1), got {p}")
     if seed is None:
         raise ValueError(f"dropout with p={p} needs a seed tensor, got None")
-    threshold = min(int(p * 2**32), 2**32 - 1)
-    return Dropout(True, threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - p), seed)
+    dropped = min(int(p * 2**16 + 0.5), 2**16 - 1)
+    threshold = dropped << 16
+    return Dropout(True, threshold - 2**32 if threshold >= 2**31 else threshold, 2**16 / (2**16 - dropped), seed)
 
 
 # ---- loads -----------------------------------------------------------------------------------------------------------

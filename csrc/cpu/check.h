@@ -76,9 +76,9 @@ class Check {
          shape_text(*seed), ", want an int64 CPU tensor of one element");
     d.on = true;
     d.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-    const double scaled = p * 4294967296.0;
-    d.threshold = scaled >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(scaled);
-    d.inverse_keep = static_cast<float>(1.0 / (1.0 - p));
+    const double rounded = p * 65536.0 + 0.5;
+    d.threshold = rounded >= 65535.0 ? 65535 : static_cast<uint16_t>(rounded);
+    d.inverse_keep = 65536.0f / static_cast<float>(65536 - d.threshold);
     return d;
   }
   Matrix matrix(const char* name, const Tensor& t) const {

@@ -77,7 +77,7 @@ void with_dtype(Dtype dtype, const F& f) {
 struct Dropout {
   bool on = false;
   uint64_t seed = 0;
-  uint32_t threshold = 0;
+  uint16_t threshold = 0;
   float inverse_keep = 1.0f;
 };
 

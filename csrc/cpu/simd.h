@@ -168,18 +168,24 @@ PEFTKERN_INLINE vf keep(vf v, uint32_t bits) {
   return as_float(as_bits(v) & reinterpret_cast<vu>((splat(bits) & lane) == lane));
 #endif
 }
-PEFTKERN_INLINE uint32_t bits_at_least(vu x, vu threshold) {
+// Of the 2 * kLanes halves of x, in memory order, the bits of those that are at least the threshold.
+typedef uint16_t halves __attribute__((vector_size(4 * kLanes)));
+PEFTKERN_INLINE uint32_t halves_at_least(vu x, halves threshold) {
 #if PEFTKERN_LEVEL >= 2
-  return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(threshold));
-#elif PEFTKERN_LEVEL == 1
-  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(x >= threshold)));
-#elif defined(__x86_64__)
-  return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(x >= threshold)));
+  return _mm512_cmpge_epu16_mask(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(threshold));
 #else
-  const vu ones = reinterpret_cast<vu>(x >= threshold) & (splat(1u) << iota());
+  const auto mask = reinterpret_cast<halves>(x) >= threshold;
+#if PEFTKERN_LEVEL == 1
+  const __m256i wide = reinterpret_cast<__m256i>(mask);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
+#elif defined(__x86_64__)
+  return static_cast<uint32_t>(_mm_movemask_epi8(_mm_packs_epi16(reinterpret_cast<__m128i>(mask), __m128i{})));
+#else
   uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= ones[i];
+  for (int i = 0; i < 2 * kLanes; ++i) bits |= (mask[i] ? 1u : 0u) << i;
   return bits;
+#endif
 #endif
 }
 

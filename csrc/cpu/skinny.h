@@ -30,40 +30,31 @@ static_assert(kColBlock<float> % kPanel == 0 && kColBlock<Bf16> % kPanel == 0);
 constexpr int64_t kMaskSlack = 16;  // bytes behind the last row that a whole tile may read
 constexpr int64_t mask_stride(int64_t cols) { return ceil_div(cols, 32) * 4; }
 
-// Keep bits of rows x [c0, c0 + COLS): the generator of peftkern/ops/dropout.py.
-template <int COLS>
-void keep_word(const RowKey* keys, int64_t rows, int64_t c0, uint32_t threshold, uint8_t* bits, int64_t ldb) {
-  constexpr int kVecs = COLS / kLanes;
-  const vu limit = splat(threshold);
-  vu column[kVecs];
-#pragma GCC unroll 8
-  for (int j = 0; j < kVecs; ++j) {
-    const vu c = splat(static_cast<uint32_t>(c0 + j * kLanes)) + iota();
-    column[j] = c ^ (c >> 16);
-  }
-  for (int64_t m = 0; m < rows; ++m) {
-    const vu first = splat(keys[m].first), second = splat(keys[m].second);
-    uint32_t kept = 0;
-#pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) {
-      vu x = (column[j] ^ first) * splat(0x21F0AAADu);
-      x = x ^ (x >> 15) ^ second;
-      x *= splat(0xD35A2D97u);
-      x ^= x >> 15;
-      kept |= bits_at_least(x, limit) << (j * kLanes);
-    }
-    __builtin_memcpy(bits + m * ldb, &kept, COLS / 8);
-  }
-}
-
-// Keep bits of rows x [c0, c0 + cols), c0 % 16 == 0.
-[[maybe_unused]] void keep_bits(const RowKey* keys, int64_t rows, int64_t c0, int64_t cols, uint32_t threshold,
+// Keep bits of rows x [c0, c0 + cols), in whole words of 32, by the generator of peftkern/ops/dropout.py; c0 is even.
+[[maybe_unused]] void keep_bits(const RowKey* keys, int64_t rows, int64_t c0, int64_t cols, uint16_t threshold,
                                 uint8_t* bits, int64_t ldb) {
+  constexpr int kVecs = 16 / kLanes;
+  const halves limit = threshold - halves{};
   for (int64_t c = 0; c < cols; c += 32) {
-    if (cols - c > 16)
-      keep_word<32>(keys, rows, c0 + c, threshold, bits + c / 8, ldb);
-    else
-      keep_word<16>(keys, rows, c0 + c, threshold, bits + c / 8, ldb);
+    vu pair[kVecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) {
+      const vu index = splat(static_cast<uint32_t>((c0 + c) / 2 + j * kLanes)) + iota();
+      pair[j] = index ^ (index >> 16);
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      const vu first = splat(keys[m].first), second = splat(keys[m].second);
+      uint32_t kept = 0;
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        vu x = (pair[j] ^ first) * splat(0x21F0AAADu);
+        x = x ^ (x >> 15) ^ second;
+        x *= splat(0xD35A2D97u);
+        x ^= x >> 15;
+        kept |= halves_at_least(x, limit) << (j * 2 * kLanes);
+      }
+      __builtin_memcpy(bits + m * ldb + c / 8, &kept, sizeof kept);
+    }
   }
 }
 

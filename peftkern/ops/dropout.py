@@ -23,30 +23,36 @@ def check_probability(p: float) -> None:
 
 
 def threshold(p: float) -> int:
-    """Hashes below this 32-bit value are dropped."""
-    return min(int(p * 2**32), 2**32 - 1)
+    """p in units of 2⁻¹⁶, rounded: elements whose random bits are below it are dropped."""
+    return min(int(p * 2**16 + 0.5), 2**16 - 1)
 
 
-def keep_mask(seed: Tensor, rows: int, columns: int) -> Tensor:
-    """32-bit hash of every element of a [rows, columns] matrix, as int64.
+def keep_scale(p: float) -> float:
+    """1 / (1 - p) of the p that `threshold` has rounded, so that dropout leaves the expectation as it is."""
+    return 2**16 / (2**16 - threshold(p))
+
+
+def random_bits(seed: Tensor, rows: int, columns: int) -> Tensor:
+    """16 random bits for every element of a [rows, columns] matrix, as int64: kept where they are >= `threshold(p)`.
 
     Row keys are splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators") of seed and row;
-    columns go through a keyed two-round 32-bit finaliser (constants from C. Wellons' hash-prospector).
-    The element is kept where the hash is >= `threshold(p)`.
+    pairs of columns go through a keyed two-round 32-bit finaliser (constants from C. Wellons' hash-prospector), whose
+    low half is the even column's and whose high half the odd one's.
     """
     z = seed.reshape(1) + (torch.arange(rows, device=seed.device) + 1) * _GOLDEN
     z = (z ^ _shift(z, 30)) * _MIX_1
     z = (z ^ _shift(z, 27)) * _MIX_2
     z = z ^ _shift(z, 31)
     k1, k2 = (z & _LOW)[:, None], _shift(z, 32)[:, None]
-    x = (torch.arange(columns, device=seed.device) & _LOW) ^ k1
+    x = (torch.arange((columns + 1) // 2, device=seed.device) & _LOW) ^ k1
     x = ((x ^ (x >> 16)) * 0x21F0AAAD & _LOW) ^ k2
     x = (x ^ (x >> 15)) * 0xD35A2D97 & _LOW
-    return x ^ (x >> 15)
+    x = x ^ (x >> 15)
+    return torch.stack((x & 0xFFFF, x >> 16), -1).flatten(1)[:, :columns]
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """Zero each element of x [..., C] with probability p and scale the rest by 1 / (1 - p).
+    """Zero each element of x [..., C] with probability p and scale the rest by 1 / (1 - p); p to 16 bits.
 
     Rows are the flattened leading dimensions. The same seed gives the same mask on every backend and device.
     `seed` int64 [1] on x's device, or None when p is 0. Raises ValueError for p outside [0, 1).
@@ -57,8 +63,8 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
         return x
     columns = x.shape[-1]
     rows = x.numel() // columns if columns else 0
-    keep = keep_mask(seed, rows, columns) >= threshold(p)
-    return torch.where(keep.view(x.shape), x * (1.0 / (1.0 - p)), torch.zeros((), dtype=x.dtype, device=x.device))
+    keep = random_bits(seed, rows, columns) >= threshold(p)
+    return torch.where(keep.view(x.shape), x * keep_scale(p), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 import peftkern as pk
 from peftkern import dispatch
 from peftkern.ops._op import Op, every
-from peftkern.ops.dropout import keep_mask, threshold
+from peftkern.ops.dropout import keep_scale, random_bits, threshold
 from peftkern.testing import assert_as_good_as_torch
 
 C = pytest.importorskip("peftkern._C", reason="the compiled extension is not built")
@@ -49,7 +49,7 @@ def rand_like(*shape: int) -> Tensor:
 def mask(m: int, c: int, p: float) -> Tensor:
     if p == 0.0:
         return torch.ones(m, c, dtype=torch.float64)
-    return (keep_mask(SEED, m, c) >= threshold(p)).double() / (1.0 - p)
+    return (random_bits(SEED, m, c) >= threshold(p)).double() * keep_scale(p)
 
 
 def assert_near(got: Tensor, want: Tensor, epsilon: float) -> None:

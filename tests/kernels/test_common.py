@@ -63,7 +63,7 @@ def test_hash_is_the_reference_bit_for_bit(seed: int, p: float) -> None:
     out = torch.empty(rows, cols, dtype=torch.int32, device=DEVICE)
     drop = _common.dropout_args(p, seed_tensor)
     _keep_kernel[(1,)](drop.seed, out, row, col, drop.threshold, ROWS=rows, COLS=cols)
-    hashes = dropout.keep_mask(seed_tensor, row + rows, col + cols)[row:, col:]
+    hashes = dropout.random_bits(seed_tensor, row + rows, col + cols)[row:, col:]
     assert torch.equal(out.bool(), hashes >= dropout.threshold(p))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from peftkern.ops._op import Op
-from peftkern.ops.dropout import dropout, keep_mask, new_seed, threshold
+from peftkern.ops.dropout import dropout, keep_scale, new_seed, random_bits, threshold
 from peftkern.testing import relative_error
 
 from .conftest import OPS, device_of, first, samples, skip_unless_runs, trainable
@@ -28,12 +28,12 @@ def op(request: pytest.FixtureRequest) -> Op:
     return request.param
 
 
-def hashes(seed: int, rows: int, columns: int) -> Tensor:
-    return keep_mask(torch.tensor([seed]), rows, columns)
+def bits_of(seed: int, rows: int, columns: int) -> Tensor:
+    return random_bits(torch.tensor([seed]), rows, columns)
 
 
 def kept(seed: int, rows: int, columns: int, p: float) -> Tensor:
-    return hashes(seed, rows, columns) >= threshold(p)
+    return bits_of(seed, rows, columns) >= threshold(p)
 
 
 def assert_binomial(counts: Tensor, n: int, q: float, what: str) -> None:
@@ -62,10 +62,18 @@ def assert_independent(bits: Tensor, what: str) -> None:
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_keep_rate(seed: int, p: float) -> None:
-    mask = kept(seed, 600, 500, p)
-    assert_binomial(mask.sum().reshape(1), mask.numel(), 1 - p, "all")
-    assert_binomial(mask.sum(1), mask.shape[1], 1 - p, "a row")
-    assert_binomial(mask.sum(0), mask.shape[0], 1 - p, "a column")
+    mask, q = kept(seed, 600, 500, p), 1 / keep_scale(p)
+    assert_binomial(mask.sum().reshape(1), mask.numel(), q, "all")
+    assert_binomial(mask.sum(1), mask.shape[1], q, "a row")
+    assert_binomial(mask.sum(0), mask.shape[0], q, "a column")
+
+
+@pytest.mark.parametrize("p", [1e-9, 1e-5, 0.001, 0.1, 0.5, 0.9999, 1 - 1e-9])
+def test_p_is_rounded_and_the_scale_with_it(p: float) -> None:
+    """To 2⁻¹⁶, and never up to 1, so that the expectation stays exactly what it was."""
+    dropped = threshold(p) / 2**16
+    assert abs(dropped - min(p, 1 - 2**-16)) <= 2**-17
+    assert keep_scale(p) == 1 / (1 - dropped)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -78,10 +86,10 @@ def test_counts_scatter_as_binomials_do(dim: int) -> None:
     assert abs(chi_squared - degrees) < 5 * math.sqrt(2 * degrees)
 
 
-@pytest.mark.parametrize("bit", [31, 30, 29, 24, 16, 8, 0])
+@pytest.mark.parametrize("bit", [15, 14, 13, 8, 4, 0])
 def test_rows_columns_and_neighbours_are_independent(bit: int) -> None:
-    """In every bit that a threshold looks at; bit 31 is the mask of p = 1/2."""
-    bits = (hashes(5, 400, 400) >> bit) & 1
+    """In every bit that a threshold looks at; bit 15 is the mask of p = 1/2."""
+    bits = (bits_of(5, 400, 400) >> bit) & 1
     assert_independent(bits, "two rows")
     assert_independent(bits.T, "two columns")
     for rows, columns in ((1, 0), (0, 1), (1, 1), (2, 3), (16, 0), (0, 16), (64, 64)):
@@ -89,34 +97,34 @@ def test_rows_columns_and_neighbours_are_independent(bit: int) -> None:
         assert_binomial((one == two).sum().reshape(1), one.numel(), 0.5, f"{rows} rows and {columns} columns away")
 
 
-@pytest.mark.parametrize("bit", [31, 30, 24])
+@pytest.mark.parametrize("bit", [15, 14, 8])
 def test_seeds_that_are_near_are_independent(bit: int) -> None:
     """Consecutive ones, and those that differ in one bit."""
-    consecutive = torch.stack([hashes(seed, 20, 150).flatten() for seed in range(-40, 60)])
+    consecutive = torch.stack([bits_of(seed, 20, 150).flatten() for seed in range(-40, 60)])
     assert_independent((consecutive >> bit) & 1, "two consecutive seeds")
-    one_bit = torch.stack([hashes(seed, 20, 150).flatten() for seed in (0, *(1 << shift for shift in range(63)))])
+    one_bit = torch.stack([bits_of(seed, 20, 150).flatten() for seed in (0, *(1 << shift for shift in range(63)))])
     assert_independent((one_bit >> bit) & 1, "two seeds one bit apart")
 
 
-def test_hashes_are_uniform() -> None:
-    values = hashes(9, 700, 900).flatten()
-    assert int(values.min()) >= 0 and int(values.max()) < 2**32
-    for shift in (24, 16, 8, 0):
+def test_random_bits_are_uniform() -> None:
+    values = bits_of(9, 700, 900).flatten()
+    assert int(values.min()) >= 0 and int(values.max()) < 2**16
+    for shift in (8, 4, 0):
         counts = torch.bincount((values >> shift) & 255, minlength=256)
         assert_binomial(counts, values.numel(), 1 / 256, f"bits {shift} to {shift + 7}")
 
 
 def test_no_row_is_another_one_reordered() -> None:
     """Two keys per row: with one that is added to the column, rows whose keys are near would share their hashes."""
-    sums = hashes(21, 1 << 16, 64).sum(1)
+    sums = bits_of(21, 1 << 16, 64).pow(3).sum(1)
     assert sums.unique().numel() == sums.numel()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_an_element_does_not_depend_on_the_size(seed: int) -> None:
-    whole = hashes(seed, 67, 130)
+    whole = bits_of(seed, 67, 130)
     for rows, columns in ((1, 1), (17, 130), (67, 33), (0, 5), (5, 0)):
-        assert torch.equal(hashes(seed, rows, columns), whole[:rows, :columns])
+        assert torch.equal(bits_of(seed, rows, columns), whole[:rows, :columns])
 
 
 def test_dropout_scales_what_it_keeps() -> None:
@@ -149,7 +157,7 @@ def test_a_probability_that_is_none(op: Op, p: float) -> None:
 
 
 def probe(op: Op, kwargs: dict[str, Any], rows: int, columns: int) -> dict[str, Any]:
-    """The case with ones for x and identities for its maps, so that the output is the mask over 1 - p.
+    """The case with ones for x and identities for its maps, so that the output is the mask times its scale.
 
     What is added is zero, what multiplies is one, an index chooses the first adapter.
     """
@@ -191,7 +199,7 @@ def test_forward_and_backward_of_an_op_drop_what_the_mask_says(op: Op, backend: 
         given |= {"residual": main} if tied else {}
         out = first(op.run(**given))
         out.sum().backward()
-        mask = kept(seed, rows, columns, p).to(out.device) / (1 - p) + (1.0 if tied else 0.0)
+        mask = kept(seed, rows, columns, p).to(out.device) * keep_scale(p) + (1.0 if tied else 0.0)
         where = f"{name}, seed {seed}, p {p}"
         torch.testing.assert_close(out, mask, check_dtype=False, msg=lambda text, at=where: f"{at}: {text}")
         torch.testing.assert_close(main.grad, mask, check_dtype=False, msg=lambda text, at=where: f"{at}, dx: {text}")
