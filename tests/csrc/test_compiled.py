@@ -285,6 +285,38 @@ def test_row_strides_do_not_change_a_bit() -> None:
     grads2 = ops.low_rank_backward(wide_dy[:, :60], wide_x[:, :50], a, b, h2, dx2, 0.5, 0.1, SEED, True, True)
     for one, two in zip((h, y, dx, *grads), (h2, y2, dx2, *grads2), strict=True):
         assert torch.equal(one, two)
+    residual, wide_residual = rand(70, 60, dtype=torch.bfloat16), torch.full((70, 67), torch.nan).bfloat16()
+    wide_residual[:, :60] = residual
+    out, pre = ops.bottleneck_forward(x, a, None, b, None, residual, "gelu", 0.5, 0.1, SEED)
+    out2, pre2 = ops.bottleneck_forward(wide_x[:, :50], a, None, b, None, wide_residual[:, :60], "gelu", 0.5, 0.1, SEED)
+    assert torch.equal(out, out2) and torch.equal(pre, pre2)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_an_element_at_the_threshold_is_kept(isa: str, rows: int) -> None:
+    C.force_isa(isa)
+    drawn = random_bits(SEED, rows, 40)
+    for value in drawn[-1].tolist():
+        p = value / 2**16
+        y = torch.zeros(rows, 1)
+        h = ops.low_rank_forward(torch.ones(rows, 40), torch.eye(40), torch.ones(1, 40), y, 1.0, p, SEED)
+        assert torch.equal(h != 0, (drawn >= value) if value else torch.ones_like(drawn, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("queries", [1, 9])
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_one_key_far_above_the_others_wherever_it_stands(isa: str, queries: int) -> None:
+    """A highest score that misses one key overflows: each key in turn scores 400, the others 0."""
+    C.force_isa(isa)
+    keys, prefix, d = 150, 5, 7
+    k, v = torch.zeros(keys, 1, keys, d), rand_like(keys, 1, keys, d)
+    k[torch.arange(keys), 0, torch.arange(keys), 0] = 20.0
+    q = torch.zeros(keys, 1, queries, d)
+    q[..., 0] = 20.0
+    pk, pv = torch.zeros(keys, 1, prefix, d), rand_like(keys, 1, prefix, d)
+    out, _ = ops.prefix_attention_forward(q, k, v, pk, pv, None, False, 1.0, 0.0, None)
+    assert torch.equal(out, v.diagonal(dim1=0, dim2=2).permute(2, 0, 1)[:, :, None].expand_as(out))
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
@@ -324,6 +356,7 @@ def bad_calls() -> Iterator[tuple[str, str, list[object]]]:
     yield "low_rank_forward", "x has 1 dimensions", [rand(6), a, b, y, 1.0, 0.0, None]
     yield "low_rank_forward", "M is 0", [rand(0, 6), a, b, rand(0, 5), 1.0, 0.0, None]
     yield "low_rank_forward", "p is 1", [x, a, b, y, 1.0, 1.0, SEED]
+    yield "low_rank_forward", "p is -0.1", [x, a, b, y, 1.0, -0.1, SEED]
     yield "low_rank_forward", "seed is None", [x, a, b, y, 1.0, 0.5, None]
     yield "low_rank_forward", "seed has", [x, a, b, y, 1.0, 0.5, torch.tensor([1, 2])]
     yield "low_rank_backward", r"h has shape \[4, 2\]", [dy, x, a, b, rand(4, 2), dx, 1.0, 0.0, None, True, True]
