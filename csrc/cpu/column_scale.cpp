@@ -164,13 +164,13 @@ struct Rows {
 template <bool DX, bool TWO, bool PART, class T>
 PEFTKERN_INLINE void backward_lanes(const Rows<T>& r, int64_t c, int64_t n) {
   const vf d0 = take<PART>(r.dy + c, n);
-  vf sum = take<PART>(r.sums + c, n) + d0 * take<PART>(r.x + c, n);
-  vf d1{};
+  vf product = d0 * take<PART>(r.x + c, n), d1{};
   if constexpr (TWO) {
     d1 = take<PART>(r.dy + r.dy_row + c, n);
-    sum += d1 * take<PART>(r.x + r.x_row + c, n);
+    product += d1 * take<PART>(r.x + r.x_row + c, n);
   }
-  put<PART>(r.sums + c, sum, n);
+  // Both rows at once: one rounding at the size of the sum instead of two.
+  put<PART>(r.sums + c, take<PART>(r.sums + c, n) + product, n);
   if constexpr (DX) {
     const vf s = take<PART>(r.s + c, n);
     put<PART>(r.dx + c, d0 * s, n);

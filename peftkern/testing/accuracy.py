@@ -27,9 +27,11 @@ def assert_as_good_as_torch(
     `factor` times the error of `reference` in the dtypes given, plus a floor of about an eighth of the dtype's epsilon
     (more for a handful of elements, where PyTorch's own error may be nil by chance). Where that is not enough, because
     PyTorch was lucky in an ill-conditioned case, the budget is at least what the float64 result changes by when every
-    input moves by half an epsilon, and by up to 8 epsilons more for one element (8 / √n for n): moves of many inputs
-    cancel, the roundings of a sum taken in one chain less so, and few elements do not average them out. Random cases on
-    the CPU needed 3 to 6 of these 8 in four ops, and once 8.7: column_scale, 128 equal rows of 3.
+    input and upstream gradient moves by half an epsilon, and by up to 8 epsilons more for one element (8 / √n for n):
+    moves of many inputs cancel, the roundings of a sum taken in one chain less so, and few elements do not average them
+    out. Upstream gradients move because backward rounds terms of a sum one by one, which is a move of each of them;
+    equal rows (stride 0) move as one and do not show how far such a sum cancels. Random cases on the CPU needed 3 to 8
+    of these 8; in a search of 1000 to 3000 an op a few f32 gradients of at most 3.2 epsilons needed more.
     Errors are ‖got - want‖ / ‖want‖.
     Compared are all outputs and, for an upstream gradient drawn from a fixed seed, the gradients of the tensors named
     in `grads`; None means those that require grad, and it is a ValueError when none does, since half of the test would
@@ -100,8 +102,7 @@ def _evaluate(
     copies = {key: _copy(value, dtype) for key, value in tensors.items()}
     for key, copy in copies.items():
         if noise is not None and copy.is_floating_point():
-            step = 2 * torch.rand(copy.shape, generator=noise, dtype=torch.float64) - 1
-            copy.mul_(1 + _STEP * step.to(copy.device))
+            _move(copy, noise)
         copy.requires_grad_(key in wanted)
     # The function sees a view: autograd forbids writing in place into a leaf that requires grad.
     aliases = {key: copy.expand(tensors[key].shape) for key, copy in copies.items()}
@@ -114,12 +115,20 @@ def _evaluate(
         raise AssertionError(f"no output depends on {names}: nothing requires grad")
     leaves = {id(kwargs[name]): (name, copies[id(kwargs[name])]) for name in reversed(names)}
     upstream = [_upstream(index, value) for index, value in enumerate(roots.values())]
+    if noise is not None:
+        for gradient in upstream:
+            _move(gradient, noise)
     found = torch.autograd.grad(
         list(roots.values()), [leaf for _, leaf in leaves.values()], upstream, allow_unused=True
     )
     for (name, leaf), gradient in zip(leaves.values(), found, strict=True):
         values[f"grad of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
     return values
+
+
+def _move(value: Tensor, noise: torch.Generator) -> None:
+    step = 2 * torch.rand(value.shape, generator=noise, dtype=torch.float64) - 1
+    value.mul_(1 + _STEP * step.to(value.device))
 
 
 def _copy(value: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -119,3 +119,35 @@ def test_relative_error():
     assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
     assert relative_error(torch.tensor([torch.nan]), torch.tensor([torch.inf])) == float("inf")
     assert relative_error(torch.tensor([torch.inf, 1.0]), torch.tensor([torch.inf, 1.0])) == 0
+
+
+class Chained(torch.autograd.Function):
+    """x · s with a gradient of s summed in f32, one row after the other, and then multiplied by `wrong`."""
+
+    @staticmethod
+    def forward(ctx, x, s, wrong):
+        ctx.save_for_backward(x)
+        ctx.wrong = wrong
+        return (x * s).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        sums = torch.zeros(x.shape[-1])
+        for d, row in zip(dy.float(), x.float(), strict=True):
+            sums += d * row
+        return None, sums * ctx.wrong, None
+
+
+def test_moves_the_upstream_gradient():
+    """Equal rows move as one: only the upstream gradient shows that the sum over them cancels, here to 1 to 4 %."""
+    generator = torch.Generator().manual_seed(215)
+    x = torch.randn(1, 3, generator=generator, dtype=torch.float64).half().expand(128, 3)
+    given = {"x": x, "s": torch.ones(3, requires_grad=True)}
+
+    def plain(x, s):
+        return (x * s).to(x.dtype)
+
+    assert_as_good_as_torch(plain, lambda x, s: Chained.apply(x, s, 1.0), given)
+    with pytest.raises(AssertionError, match="grad of s"):
+        assert_as_good_as_torch(plain, lambda x, s: Chained.apply(x, s, 1 + 4e-6), given)

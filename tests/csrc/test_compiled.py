@@ -285,6 +285,38 @@ def test_row_strides_do_not_change_a_bit() -> None:
     grads2 = ops.low_rank_backward(wide_dy[:, :60], wide_x[:, :50], a, b, h2, dx2, 0.5, 0.1, SEED, True, True)
     for one, two in zip((h, y, dx, *grads), (h2, y2, dx2, *grads2), strict=True):
         assert torch.equal(one, two)
+    residual, wide_residual = rand(70, 60, dtype=torch.bfloat16), torch.full((70, 67), torch.nan).bfloat16()
+    wide_residual[:, :60] = residual
+    out, pre = ops.bottleneck_forward(x, a, None, b, None, residual, "gelu", 0.5, 0.1, SEED)
+    out2, pre2 = ops.bottleneck_forward(wide_x[:, :50], a, None, b, None, wide_residual[:, :60], "gelu", 0.5, 0.1, SEED)
+    assert torch.equal(out, out2) and torch.equal(pre, pre2)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_an_element_at_the_threshold_is_kept(isa: str, rows: int) -> None:
+    C.force_isa(isa)
+    drawn = random_bits(SEED, rows, 40)
+    for value in drawn[-1].tolist():
+        p = value / 2**16
+        y = torch.zeros(rows, 1)
+        h = ops.low_rank_forward(torch.ones(rows, 40), torch.eye(40), torch.ones(1, 40), y, 1.0, p, SEED)
+        assert torch.equal(h != 0, (drawn >= value) if value else torch.ones_like(drawn, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("queries", [1, 9])
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_one_key_far_above_the_others_wherever_it_stands(isa: str, queries: int) -> None:
+    """A highest score that misses one key overflows: each key in turn scores 400, the others 0."""
+    C.force_isa(isa)
+    keys, prefix, d = 150, 5, 7
+    k, v = torch.zeros(keys, 1, keys, d), rand_like(keys, 1, keys, d)
+    k[torch.arange(keys), 0, torch.arange(keys), 0] = 20.0
+    q = torch.zeros(keys, 1, queries, d)
+    q[..., 0] = 20.0
+    pk, pv = torch.zeros(keys, 1, prefix, d), rand_like(keys, 1, prefix, d)
+    out, _ = ops.prefix_attention_forward(q, k, v, pk, pv, None, False, 1.0, 0.0, None)
+    assert torch.equal(out, v.diagonal(dim1=0, dim2=2).permute(2, 0, 1)[:, :, None].expand_as(out))
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
@@ -324,6 +356,7 @@ def bad_calls() -> Iterator[tuple[str, str, list[object]]]:
     yield "low_rank_forward", "x has 1 dimensions", [rand(6), a, b, y, 1.0, 0.0, None]
     yield "low_rank_forward", "M is 0", [rand(0, 6), a, b, rand(0, 5), 1.0, 0.0, None]
     yield "low_rank_forward", "p is 1", [x, a, b, y, 1.0, 1.0, SEED]
+    yield "low_rank_forward", "p is -0.1", [x, a, b, y, 1.0, -0.1, SEED]
     yield "low_rank_forward", "seed is None", [x, a, b, y, 1.0, 0.5, None]
     yield "low_rank_forward", "seed has", [x, a, b, y, 1.0, 0.5, torch.tensor([1, 2])]
     yield "low_rank_backward", r"h has shape \[4, 2\]", [dy, x, a, b, rand(4, 2), dx, 1.0, 0.0, None, True, True]
@@ -341,8 +374,23 @@ def bad_calls() -> Iterator[tuple[str, str, list[object]]]:
     yield "column_scale_backward", r"x has shape \[4, 5\]", [x, dy, rand(6), True]
     yield "column_scale_backward", "dy has stride 2", [rand(4, 12)[:, ::2], x, rand(6), True]
     yield "column_scale_backward", "x is None and need_dx false", [x, None, rand(6), False]
+    index, one_adapter = torch.tensor([0, 0]), torch.tensor([[0, 0, 3, 0, 0]])
+    for message, cells, entries, most, ranks, dtype in (
+        ("row 0 of the table does not fit", one_adapter + torch.tensor([0, 0, 0, 1, 0]), index, 3, 3, 0),
+        ("row 0 of the table does not fit", one_adapter, index, 2, 3, 0),
+        ("row 0 of the table does not fit", one_adapter - torch.tensor([0, 0, 3, 0, 0]), index, 3, 0, 0),
+        ("the table's ranks add up to 3, want 4", one_adapter, index, 3, 4, 0),
+        ("the adapters' dtype has code 3", one_adapter, index, 3, 3, 3),
+        ("the adapters' dtype has code -1", one_adapter, index, 3, 3, -1),
+        ("index has 3 entries for 4 rows", one_adapter, torch.tensor([0, 0, 0]), 3, 3, 0),
+        ("index has 0 entries for 4 rows", one_adapter, index[:0], 3, 3, 0),
+        (r"index\[1\] is 1, want -1 to 0", one_adapter, torch.tensor([0, 1]), 3, 3, 0),
+        (r"index\[1\] is -2, want -1 to 0", one_adapter, torch.tensor([0, -2]), 3, 3, 0),
+    ):
+        yield "multi_low_rank_forward", message, [x, cells, entries, y, most, ranks, dtype, False, 0.0, None]
     ids, ones = torch.tensor([[0, 9]]), torch.ones(1, 2, dtype=torch.int64)
-    yield "prompt_concat_forward", "ids has 9 at flat index 1", [ids, rand(4, 6), rand(2, 6), ones, None]
+    yield "prompt_concat_forward", "ids has 9 at flat index 1", [ids, rand(9, 6), rand(2, 6), ones, None]
+    yield "prompt_concat_forward", "ids has -1 at flat index 0", [ids - 1, rand(9, 6), rand(2, 6), ones, None]
     yield "prompt_concat_forward", "mask has dtype Bool", [ids, rand(10, 6), rand(2, 6), ones.bool(), None]
     yield "prompt_concat_backward", "T is -1", [rand(1, 4, 6), ones, -1, True]
 

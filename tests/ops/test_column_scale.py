@@ -49,6 +49,16 @@ def test_each_gradient_alone(backend: str, grad: str, m: int) -> None:
     assert_as_good_as_torch(reference, scale, {"x": x, "s": s}, grads=list(grad))
 
 
+@pytest.mark.parametrize("number", [13, 68, 215])
+def test_a_sum_that_cancels_over_equal_rows(backend: str, number: int) -> None:
+    """The gradient of the scale is a sum of 128 terms that nearly cancels, for rows that are one row with stride 0."""
+    skip_unless_runs("column_scale", backend, torch.float16)
+    generator, device = torch.Generator().manual_seed(number), device_of(backend)
+    x = torch.randn(1, 3, generator=generator, dtype=torch.float64).to(device, torch.float16).expand(128, 3)
+    s = torch.randn(3, generator=generator, dtype=torch.float64).to(device, torch.float32)
+    assert_as_good_as_torch(reference, scale, {"x": x, "s": s}, grads=["x", "s"])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_overwrites_a_fresh_tensor_without_a_graph(backend: str, dtype: torch.dtype) -> None:
     skip_unless_runs("column_scale", backend, dtype)

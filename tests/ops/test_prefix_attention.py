@@ -9,6 +9,8 @@ from torch import Tensor
 
 from peftkern.memory import saved_bytes
 from peftkern.ops import prefix_attention
+from peftkern.ops.prefix_attention import reference
+from peftkern.testing import assert_as_good_as_torch
 
 from .conftest import device_of, skip_unless_runs
 
@@ -65,6 +67,31 @@ def test_keys_that_only_some_queries_see(queries: int, backend: str) -> None:
     for i in range(queries):
         alone = prefix_attention(**case | {"q": case["q"][:, :, i : i + 1]}, mask=mask[:, :, i : i + 1])
         torch.testing.assert_close(both[:, :, i : i + 1], alone)
+
+
+@pytest.mark.parametrize("masked", ["causal", "bool", "float"])
+@pytest.mark.parametrize("queries", [1, 3, 20])
+def test_one_key_of_a_block_is_seen(masked: str, queries: int, backend: str) -> None:
+    """Of a block of 64 keys only one, its first or its last, is seen (or all, by an additive mask of zeros)."""
+    skip_unless_runs("prefix_attention", backend)
+    case = drawn(backend, 1, 1, 1, queries, 60 if masked == "causal" else 123, 5, 16)
+    mask = torch.zeros(1, 1, queries, 123, dtype=torch.bool, device=case["q"].device)
+    mask[..., -1] = True
+    masks = {"causal": None, "bool": mask, "float": torch.zeros_like(mask, dtype=torch.float32)}
+    given = {**case, "mask": masks[masked], "causal": masked == "causal"}
+    assert_as_good_as_torch(reference, prefix_attention, given, grads=list(case), factor=3.0)
+
+
+def test_threads_that_share_one_head(backend: str) -> None:
+    """More queries than a share: a thread that begins in the middle of a head lays out its keys as well."""
+    skip_unless_runs("prefix_attention", backend)
+    case, before = drawn(backend, 1, 1, 1, 400, 70, 5, 16), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        out = prefix_attention(**case)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(out, reference(**case))
 
 
 @pytest.mark.parametrize("additive", [False, True])
