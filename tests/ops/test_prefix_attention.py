@@ -82,10 +82,23 @@ def test_one_key_of_a_block_is_seen(masked: str, queries: int, backend: str) -> 
     assert_as_good_as_torch(reference, prefix_attention, given, grads=list(case), factor=3.0)
 
 
-def test_threads_that_share_one_head(backend: str) -> None:
-    """More queries than a share: a thread that begins in the middle of a head lays out its keys as well."""
+@pytest.mark.parametrize("queries", [2, 20])
+def test_dropout_goes_on_from_block_to_block(queries: int, backend: str) -> None:
+    """Every block of keys has bits of its own, those of its columns."""
     skip_unless_runs("prefix_attention", backend)
-    case, before = drawn(backend, 1, 1, 1, 400, 70, 5, 16), torch.get_num_threads()
+    case = drawn(backend, 1, 2, 2, queries, 150, 5, 16)
+    given = {**case, "p": 0.5, "seed": torch.tensor([11], device=case["q"].device)}
+    assert_as_good_as_torch(reference, prefix_attention, given, grads=list(case), factor=3.0)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_threads_that_share_few_heads(heads: int, backend: str) -> None:
+    """More queries than a share: a thread that begins in the middle of a head lays out its keys as well.
+
+    Two heads are shared only where there are more than two cores.
+    """
+    skip_unless_runs("prefix_attention", backend)
+    case, before = drawn(backend, 1, heads, heads, 400, 70, 5, 16), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         out = prefix_attention(**case)
