@@ -184,6 +184,19 @@ def test_activations_hold_over_the_whole_range(isa: str, act: str) -> None:
     torch.testing.assert_close(dx[:, 0].double(), slope, rtol=2e-6, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize(("act", "lowest"), [("silu", -80.0), ("gelu", -12.0)])
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_tails_are_as_exact_as_the_middle(isa: str, act: str, lowest: float) -> None:
+    """Values down to 1e-33 to a few parts in a million, where an absolute tolerance would take 0 for them."""
+    C.force_isa(isa)
+    x, one, zero = torch.linspace(lowest, -4.0, 2001)[:, None], torch.ones(1, 1), torch.zeros(1)
+    y, _ = ops.bottleneck_forward(x, one, zero, one, zero, None, act, 1.0, 0.0, None)
+    x = x.double()
+    # 1 + erf, as torch writes gelu, cancels there even in f64.
+    want = F.silu(x) if act == "silu" else 0.5 * x * torch.special.erfc(-x / 2**0.5)
+    torch.testing.assert_close(y.double(), want, rtol=2e-5, atol=0)
+
+
 def hard_to_round(t: torch.dtype) -> Tensor:
     """f32: every value of a half dtype, what lies halfway between two of them, and right beside that."""
     exact = torch.arange(2**15, dtype=torch.int16).view(t)

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -46,7 +47,13 @@ def run_all() -> None:
     from peftkern import _C
     from peftkern.ops._op import every
     from tests.ops.conftest import trainable
-    from tests.ops.test_bounds import each, edge_cases
+    from tests.ops.test_bounds import AtEdges, each, edge_cases
+
+    class AtBlocks(AtEdges):
+        """Sizes around the 48 and 96 columns of a block of outer, 48 rows of a block of queries."""
+
+        def size(self, largest: int = 97) -> int:
+            return self.one_of([n for n in (5, 47, 48, 49, 95, 97) if n <= largest])
 
     levels = ("baseline", "avx2", "avx512", "avx512_bf16")
     torch.set_num_threads(1)
@@ -56,7 +63,10 @@ def run_all() -> None:
             if not hasattr(torch.ops.peftkern_cpu, f"{op.name}_forward"):
                 continue
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                for number, kwargs in enumerate(edge_cases(op, "cpu", dtype)):
+                cases = edge_cases(op, "cpu", dtype)[:20]
+                if op.draw is not None:
+                    cases += [op.draw(AtBlocks(Random(i), torch.device("cpu"), dtype)) for i in range(20)]
+                for number, kwargs in enumerate(cases):
                     for end in (True, False):
                         print(isa, op.name, dtype, "case", number, "end" if end else "start", flush=True)
                         given = each(kwargs, lambda value, end=end: at_the_edge(value, end))
