@@ -94,28 +94,29 @@ class AdapterConfig:
 
     def __new__(cls: type[C], *_args: Any, **fields: Any) -> C:
         """An instance; ConfigError, with near names, for a field that there is not."""
-        if unknown := fields.keys() - cls.__dataclass_fields__.keys():
-            name = min(unknown)
-            raise ConfigError(f"{cls.__name__} has no field {name!r}{near(name, cls.__dataclass_fields__)}")
+        known = cls._names()
+        for name in fields:
+            if name not in known:
+                raise ConfigError(f"{cls.__name__} has no field {name!r}{near(name, known)}")
         return object.__new__(cls)
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
         """Build from a mapping; an unknown field, or one that asks for what is not implemented, raises ConfigError."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        accepted: dict[str, Any] = {}
+        known, accepted = cls._names(), {}
         for key, value in values.items():
-            if key in known:
+            if key in known or key not in (*cls.neutral, "peft_type", "peftkern"):
                 accepted[key] = value
-            elif key in cls.neutral:
-                if value not in cls.neutral[key]:
-                    raise ConfigError(f"{cls.__name__}: {key}={value!r} is not implemented and would change the result")
-            elif key not in ("peft_type", "peftkern"):
-                raise ConfigError(f"{cls.__name__} has no field {key!r}{near(key, known)}")
+            elif key in cls.neutral and value not in cls.neutral[key]:
+                raise ConfigError(f"{cls.__name__}: {key}={value!r} is not implemented and would change the result")
         try:
             return cls(**accepted)
         except TypeError as error:
             raise ConfigError(f"{cls.__name__}: {error}") from error
+
+    @classmethod
+    def _names(cls) -> set[str]:
+        return {field.name for field in dataclasses.fields(cls)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,8 +129,7 @@ def is_supported(module: nn.Module) -> bool:
 
 def is_pretrained(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Whether this is a model of transformers."""
-    found = _loaded("transformers.modeling_utils", "PreTrainedModel")
-    return isinstance(model, found)
+    return isinstance(model, _loaded("transformers.modeling_utils", "PreTrainedModel"))
 
 
 def _conv1d() -> tuple[type[nn.Module], ...]:

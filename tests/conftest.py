@@ -25,6 +25,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Extension modules look for leaks when the interpreter ends, and what is frozen looks like one."""
+    gc.unfreeze()
+
+
 @pytest.fixture(params=list(MODELS))
 def family(request: pytest.FixtureRequest) -> TinyModel:
     """A BERT-, GPT-2- and Llama-like model in turn: `family.build()` and `family.batch()`."""

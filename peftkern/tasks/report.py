@@ -152,9 +152,8 @@ def _picture(results: Sequence[RunResult], names: Sequence[str], path: Path) -> 
     for axis, (title, values) in zip(axes[1:], columns.items(), strict=True):
         axis.barh(list(rows), values, color="tab:gray")
         axis.set_xlabel(title)
-    if max(columns["trainable parameters"]) > 0:
+    if (top := max(columns["trainable parameters"])) > 0:
         # Linear up to 1000, where ticks at powers of ten would lie on one another: 0 alone is marked there.
         axes[1].set_xscale("symlog", linthresh=1000)
-        top = max(columns["trainable parameters"])
         axes[1].set_xticks([0, *(10**power for power in range(3, 12, 2 if top > 1e6 else 1) if 10**power <= 2 * top)])
     figure.savefig(path, dpi=120)

@@ -16,11 +16,7 @@ from peftkern.adapted import AdaptedModule
 from peftkern.attachment import adapted_modules, state
 from peftkern.testing import relative_error, tiny_bert, token_batch
 
-
-def conv(k: int, n: int) -> Conv1D:
-    module = Conv1D(n, k)
-    nn.init.normal_(module.bias)
-    return module
+from .conftest import conv
 
 
 def dora_on(module: nn.Module, **fields) -> tuple[AdaptedModule, torch.Tensor, torch.Tensor, torch.Tensor]:

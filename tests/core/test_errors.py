@@ -136,6 +136,8 @@ def test_misspelt_field() -> None:
         pk.LoraConfig.from_dict({"use_qalora": True})
     with pytest.raises(ConfigError, match="LoraConfig has no field 'lora_alhpa'; did you mean 'lora_alpha'"):
         pk.LoraConfig(lora_alhpa=3)
+    with pytest.raises(ConfigError, match="LoraConfig has no field 'peft_type'"):
+        pk.LoraConfig(peft_type="LORA")
     assert pk.LoraConfig.from_dict({"use_qalora": False, "peft_type": "LORA"}) == pk.LoraConfig()
 
 

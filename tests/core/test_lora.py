@@ -16,6 +16,8 @@ from peftkern.attachment import adapted_modules, state
 from peftkern.errors import ConfigError, MergeError, TargetError
 from peftkern.testing import relative_error, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 
+from .conftest import conv
+
 
 def lora_on(module: nn.Module, **fields) -> tuple[AdaptedModule, torch.Tensor, torch.Tensor]:
     """The module with a random LoRA on it, and its A [R, K] and B [N, R]."""
@@ -23,12 +25,6 @@ def lora_on(module: nn.Module, **fields) -> tuple[AdaptedModule, torch.Tensor, t
     pk.attach(holder, pk.LoraConfig(target_modules=["it"], **({"init_lora_weights": False} | fields)))
     a, b = state(holder).parameters_of(holder, "default").values()
     return holder["it"], a, b
-
-
-def conv(k: int, n: int) -> Conv1D:
-    module = Conv1D(n, k)
-    nn.init.normal_(module.bias)
-    return module
 
 
 @pytest.mark.parametrize("rslora", [False, True])

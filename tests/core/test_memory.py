@@ -13,6 +13,8 @@ from peftkern.attachment import state
 from peftkern.memory import MemoryReport, saved_bytes
 from peftkern.testing import TinyModel, tiny_bert, tiny_gpt2, tiny_llama, token_batch, unchanged
 
+from .conftest import skip_without_kernels
+
 # Width 32, feed-forward 64, 2 blocks, vocabulary 61, 64 positions, 5 labels.
 BERT = (61 + 64 + 2) * 32 + 2 * 32 + 2 * (4 * (32 * 32 + 32) + 32 * 64 + 64 + 64 * 32 + 32 + 4 * 32) + 32 * 5 + 5
 GPT2 = (61 + 64) * 32 + 2 * (32 * 96 + 96 + 32 * 32 + 32 + 32 * 128 + 128 + 128 * 32 + 32 + 4 * 32) + 2 * 32
@@ -131,8 +133,7 @@ def test_a_batch_that_fails_leaves_the_model_alone() -> None:
 def test_an_adapted_model_saves_each_input_once_and_its_latents(build: Callable[[], nn.Module]) -> None:
     """Over a bf16 backbone, dropout on, f32 adapters: per target h [M, 8] in f32 and a seed of 8 bytes, and per block
     those inputs that the frozen model has no need to save: query, key and value share one."""
-    if pk.explain("low_rank", torch.ones(1, 1)).backend == "reference":
-        pytest.skip("only the reference runs: plain PyTorch saves what it likes")
+    skip_without_kernels()
     batch = token_batch(labels=5)
     rows = batch["input_ids"].numel()
     names = ["query", "key", "value"] if build is tiny_bert else ["q_proj", "k_proj", "v_proj"]
