@@ -33,6 +33,10 @@ CPU_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=f
 CPU_FLAGS += ["-fno-trapping-math", "-fno-strict-aliasing"]
 # GCC's own AVX-512 headers set these off.
 CPU_FLAGS += ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# For tests: the AVX-512 kernels in AVX2, so that every instruction set runs on a CPU that lacks them.
+EMULATED = os.environ.get("PEFTKERN_EMULATE_AVX512") == "1"
+if EMULATED:
+    CPU_FLAGS += ["-O1", "-DPEFTKERN_EMULATE_AVX512", "-include", "tests/csrc/emulate_avx512.h"]
 CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
@@ -110,7 +114,8 @@ class BuildExt(build_ext):
     def run(self) -> None:
         self.reasons: dict[str, str] = {}
         # One place for editable installs, wheels and in-place builds, which then compile a source once.
-        self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}-torch-{torch_version()}")
+        kind = f"{sys.implementation.cache_tag}-torch-{torch_version()}{'-emulated' if EMULATED else ''}"
+        self.build_temp = str(ROOT / "build" / f"objects-{kind}")
         super().run()
         for ext in self.extensions:
             target = Path(self.get_ext_fullpath(ext.name))

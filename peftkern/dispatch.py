@@ -175,17 +175,18 @@ def load_library(name: str) -> Path | str:
     if name == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     stem = {"cpu": "_C", "cuda": "_cuda"}[name]
-    found = sorted(Path(__file__).parent.glob(f"{stem}*.so")) + sorted(Path(__file__).parent.glob(f"{stem}*.pyd"))
-    if not found:
+    spec = importlib.util.find_spec(f"peftkern.{stem}")
+    if spec is None or spec.origin is None:
         return f"the compiled extension peftkern/{stem} is not built{ASK_DOCTOR}"
+    library = Path(spec.origin)
     try:
         if name == "cpu":
             importlib.import_module("peftkern._C")
         else:
-            torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
+            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except (ImportError, OSError) as error:
-        return f"{found[0].name} does not load with torch {torch.__version__}: {error}"
-    return found[0]
+        return f"{library.name} does not load with torch {torch.__version__}: {error}"
+    return library
 
 
 def _load_triton(op: str) -> Backend | str:

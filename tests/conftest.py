@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 
 import pytest
 import torch
 
+import peftkern
 from peftkern import dispatch
 from peftkern.testing import MODELS, TinyModel
+
+# Where the extension with emulated AVX-512 lies (make test-emulated): it takes the place of the installed one.
+if folder := os.environ.get("PEFTKERN_EMULATED"):
+    peftkern.__path__.insert(0, folder)
 
 # One thread: the models are tiny, and threads that wait for each other cost more than they do.
 torch.set_num_threads(1)

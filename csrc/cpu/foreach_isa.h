@@ -31,7 +31,15 @@ PEFTKERN_PUSH("avx2,fma,f16c")
 #undef PEFTKERN_LEVEL
 PEFTKERN_POP
 
-PEFTKERN_PUSH("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#if defined(PEFTKERN_EMULATE_AVX512)  // tests/csrc/emulate_avx512.h
+#define PEFTKERN_AVX512 "avx2,fma,f16c"
+#define PEFTKERN_AVX512_BF16 PEFTKERN_AVX512
+#else
+#define PEFTKERN_AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"
+#define PEFTKERN_AVX512_BF16 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"
+#endif
+
+PEFTKERN_PUSH(PEFTKERN_AVX512)
 #define PEFTKERN_ISA avx512
 #define PEFTKERN_LEVEL 2
 #include PEFTKERN_ISA_FILE
@@ -39,7 +47,7 @@ PEFTKERN_PUSH("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #undef PEFTKERN_LEVEL
 PEFTKERN_POP
 
-PEFTKERN_PUSH("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+PEFTKERN_PUSH(PEFTKERN_AVX512_BF16)
 #define PEFTKERN_ISA avx512_bf16
 #define PEFTKERN_LEVEL 3
 #include PEFTKERN_ISA_FILE

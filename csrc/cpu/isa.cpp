@@ -12,6 +12,11 @@ namespace {
 
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 constexpr int kNone = -1;
+#if defined(PEFTKERN_EMULATE_AVX512)
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
 std::atomic<int> g_forced{kNone};
 
 Isa detect() {
@@ -22,7 +27,7 @@ Isa detect() {
   if (!(f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return Isa::baseline;
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")))
-    return Isa::avx2;
+    return kEmulated ? Isa::avx512_bf16 : Isa::avx2;
   return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
 #else
   return Isa::baseline;
