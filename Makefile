@@ -19,7 +19,7 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-triton bench peers readme-figures lint types format wheel aot aot-check cuda clean
+.PHONY: demo test test-triton test-emulated bench peers readme-figures lint types format wheel aot aot-check cuda clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -57,6 +57,11 @@ test: $(VENV)/.dev
 test-triton: $(VENV)/.dev
 	$(OFFLINE) TRITON_INTERPRET=1 $(PYTEST) tests/ops $(ARGS)
 
+# The AVX-512 kernels on a CPU that has AVX2 at most: compiled with stand-ins for their intrinsics, loaded in place of the installed extension.
+test-emulated: $(VENV)/.dev
+	PEFTKERN_EMULATE_AVX512=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/emulated
+	$(OFFLINE) PEFTKERN_EMULATED=build/emulated/peftkern $(PYTEST) tests/csrc $(ARGS)
+
 # The quick cases under pytest-benchmark, then the whole benchmark on the CPU: its files land in bench/results/cpu. On a GPU:
 # make bench ARGS="--device cuda". `make readme-figures` then writes README's tables from what lies in bench/results.
 bench: $(VENV)/.dev
@@ -80,14 +85,14 @@ readme-figures: $(VENV)/.package
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run -Werror
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run -Werror
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
 
 wheel: $(VENV)/.dev
 	rm -rf dist

@@ -248,20 +248,20 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
     yield "cached", case(4, 4, 2, 5, 23, 3, 8) | {"causal": True}
     yield "longer-queries", case(2, 2, 2, 19, 13, 6, 16) | {"causal": True}
     yield "grouped", case(3, 6, 2, 11, 11, 7, 24) | {"causal": True, "scale": 0.4}
-    yield "decode", case(5, 8, 2, 1, 67, 20, 24)
-    yield "one-key-each", case(6, 4, 4, 1, 1, 1, 16)
+    yield "decode", case(2, 8, 2, 1, 67, 20, 24)
+    yield "one-key-each", case(3, 4, 4, 1, 1, 1, 16)
     yield "right-padded", case(3, 2, 2, 12, 12, 6, 16) | {"mask": padded(3, 12, False)}
     yield "left-padded-causal", case(4, 2, 1, 13, 13, 6, 40) | {"mask": padded(4, 13, True), "causal": True}
     blind = torch.ones(3, 1, 9, 9, dtype=torch.bool).tril()
     blind[1, :, :5] = False
-    yield "rows-without-text", case(3, 4, 4, 9, 9, 3, 16) | {"mask": blind.to(device)}
+    yield "rows-without-text", case(3, 2, 2, 9, 9, 3, 16) | {"mask": blind.to(device)}
     yield "additive", case(2, 4, 2, 6, 10, 3, 16) | {"mask": rand(2, 4, 6, 10)}
     lowest = torch.zeros(1, 1, 8, 8, dtype=dtype, device=device).masked_fill(
         ~torch.ones(8, 8, dtype=torch.bool, device=device).tril(), torch.finfo(dtype).min
     )
     yield "lowest-as-mask", case(4, 2, 2, 8, 8, 3, 8) | {"mask": lowest}
-    yield "odd-tiles", case(1, 4, 2, 70, 73, 21, 66) | {"causal": True}
-    yield "odd-tiles-padded", case(2, 2, 2, 67, 67, 33, 128) | {"mask": padded(2, 67, False)}
+    yield "odd-tiles", case(1, 2, 1, 70, 73, 21, 66) | {"causal": True}
+    yield "odd-tiles-padded", case(2, 1, 1, 67, 67, 33, 128) | {"mask": padded(2, 67, False)}
     per_row = case(3, 2, 2, 5, 5, 4, 16)
     yield "prefix-per-row", per_row | {"pk": rand(3, 2, 4, 16), "pv": rand(3, 2, 4, 16)}
     swapped = case(2, 4, 2, 10, 10, 5, 16)
@@ -269,7 +269,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
     yield "heads-last", swapped | {"causal": True}
     yield "strided", case(2, 2, 2, 6, 6, 5, 16) | {"q": rand(2, 2, 6, 32)[..., ::2], "v": rand(2, 2, 6, 40)[..., :16]}
     yield "dropout", case(2, 4, 2, 19, 19, 5, 16) | {"causal": True, "p": 0.3, "seed": seed}
-    yield "dropout-decode", case(6, 8, 2, 1, 33, 5, 16) | {"p": 0.2, "seed": seed, "scale": 0.1}
+    yield "dropout-decode", case(2, 8, 2, 1, 33, 5, 16) | {"p": 0.2, "seed": seed, "scale": 0.1}
     yield "no-text", case(2, 2, 2, 3, 0, 5, 16)
     yield "empty-batch", case(0, 2, 2, 3, 3, 5, 16)
     if dtype in (torch.bfloat16, torch.float16):

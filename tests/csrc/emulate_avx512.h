@@ -70,7 +70,8 @@ EMULATED __mmask32 cmpge_epu16_mask(__m512i a, __m512i b) {
 EMULATED __m512 maskz_mov_ps(__mmask16 mask, __m512 v) { return load_masked<__m512, uint32_t>(mask, &v); }
 EMULATED __m512i maskz_mov_epi16(__mmask32 mask, __m512i v) { return load_masked<__m512i, uint16_t>(mask, &v); }
 EMULATED __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
-  const __m256 *x = reinterpret_cast<__m256*>(&a), *y = reinterpret_cast<__m256*>(&b), *z = reinterpret_cast<__m256*>(&c);
+  const __m256 *x = reinterpret_cast<__m256*>(&a), *y = reinterpret_cast<__m256*>(&b),
+               *z = reinterpret_cast<__m256*>(&c);
   const __m256 out[2] = {_mm256_fmadd_ps(x[0], y[0], z[0]), _mm256_fmadd_ps(x[1], y[1], z[1])};
   return as<__m512>(out);
 }
