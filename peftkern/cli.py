@@ -116,7 +116,7 @@ Run = Annotated[Path, typer.Argument(help="folder of a finished run", show_defau
 @app.command()
 @_settings_as_flags
 def train(
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; flags go before it")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, which flags override")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="field of the method's config, e.g. r=8")] = None,
     **flags: Any,
 ) -> None:
