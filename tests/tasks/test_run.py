@@ -229,8 +229,15 @@ def test_predict_files(ner, text, write):
     folder = train(ner.with_changes(method="head", epochs=1)).folder
     assert [p.words for p in predict(folder, file=write("a.conll", "to\nRome\n\nnow\n"))] == [("to", "Rome"), ("now",)]
     assert [p.words for p in predict(folder, file=write("a.txt", "to Rome\n\nnow\n"))] == [("to", "Rome"), ("now",)]
+    for name in ("tagged.txt", "tagged.tsv"):  # what training reads as CoNLL is no running text here
+        tagged = write(name, "to\tO\nRome\tB-LOC\n\nnow\tO\n")
+        assert [p.words for p in predict(folder, file=tagged)] == [("to", "Rome"), ("now",)]
+    with pytest.raises(DataError, match=r"one text per line and no \.jsonl table"):
+        predict(folder, file=write("a.jsonl", '{"tokens": ["x"], "tags": ["O"]}\n'))
     folder = train(text.with_changes(method="head", epochs=1, output=text.output + "-text")).folder
     assert [p.text for p in predict(folder, ["one"], file=write("b.txt", "two\n\nthree\n"))] == ["one", "two", "three"]
+    with pytest.raises(DataError, match=r"one text per line and no \.csv table"):
+        predict(folder, file=write("b.csv", "text,label\ntwo,x\n"))
 
 
 def test_evaluate_a_folder_that_has_only_a_test_set(ner, tmp_path):
