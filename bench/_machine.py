@@ -19,6 +19,8 @@ from peftkern import dispatch
 from ._measure import Ceilings
 from ._sources import git_revision, kernel_hash, root
 
+_SMALL = 256
+"""Side of the matrices that are multiplied first."""
 _PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "unsloth", "numpy")
 
 
@@ -62,7 +64,7 @@ def ceilings(device: torch.device, quick: bool) -> Ceilings:
     sides = {torch.float32: 4096 if cuda else 1536, torch.bfloat16: 8192 if cuda else 1536}
     return Ceilings(
         _copy_rate(size, device),
-        {dtype: _product_rate(256 if quick else side, dtype, device) for dtype, side in sides.items()},
+        {dtype: _product_rate(_SMALL if quick else side, dtype, device) for dtype, side in sides.items()},
     )
 
 
@@ -73,6 +75,18 @@ def _copy_rate(size: int, device: torch.device) -> float:
 
 
 def _product_rate(side: int, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of products of this size, or of `_SMALL` ones on a CPU where one would take over a second.
+
+    Without bf16 instructions one of 1536 takes ten seconds, and the time budget runs meanwhile.
+    """
+    if device.type == "cpu" and side > _SMALL:
+        rate = _rate_of(_SMALL, dtype, device)
+        if 2 * side**3 / rate > 1.0:
+            return rate
+    return _rate_of(side, dtype, device)
+
+
+def _rate_of(side: int, dtype: torch.dtype, device: torch.device) -> float:
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     return 2 * side**3 / _best(lambda: torch.mm(left, right, out=out), device)

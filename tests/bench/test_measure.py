@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from bench import _clock
+from bench import _clock, _machine
 from bench._clock import Runner
 from bench._measure import Case, Ceilings, Cost, Settings, measure, relative_error, verdict
 from bench._row import Row, quantiles
@@ -172,3 +172,12 @@ def test_rows_survive_json():
     again = Row.from_dict(row.to_dict())
     assert again.ratios["floor"][:2] == (1.0, 0.9) and math.isnan(again.ratios["floor"][2])
     assert math.isnan(again.y[0]) and math.isnan(again.gbps)
+
+
+@pytest.mark.parametrize(("seconds", "sides"), [(1e-4, [256, 1536]), (1e-2, [256])], ids=["fast", "slow"])
+def test_a_product_that_takes_over_a_second_is_measured_on_a_small_one(monkeypatch, seconds, sides):
+    seen = []
+    monkeypatch.setattr(torch, "mm", lambda left, right, out: seen.append(left.shape[0]))
+    monkeypatch.setattr(_machine, "_best", lambda run, device: run() or seconds)
+    rate = _machine._product_rate(1536, torch.bfloat16, torch.device("cpu"))
+    assert seen == sides and rate == 2 * sides[-1] ** 3 / seconds
