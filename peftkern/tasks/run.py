@@ -294,7 +294,7 @@ class _Run:
         scores: dict[str, dict[str, float]] = {"dev": {}, "test": {}}
         for name in ("dev", "test"):
             if name in self.sets:
-                predicted = _predict(trainer, task, self.sets[name])
+                predicted = _predict(trainer, task, self.sets[name], "eval" if name == "dev" else name)
                 scores[name] = task.score(self.sets[name].gold, predicted)
                 _write_json(self.folder / f"{name}-predictions.json", predicted)
         steps, epochs = trainer.state.global_step, trainer.state.epoch or 0.0
@@ -364,10 +364,11 @@ def _trainable(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _predict(trainer: AdapterTrainer, task: Task, encoded: Encoded) -> list[Any]:
+def _predict(trainer: AdapterTrainer, task: Task, encoded: Encoded, prefix: str = "test") -> list[Any]:
+    """Tags or classes; `prefix` is what a tracker lists the loss under."""
     trainer.compute_metrics = None
     rows: Any = encoded.rows
-    return task.decode(np.asarray(trainer.predict(rows).predictions), encoded)
+    return task.decode(np.asarray(trainer.predict(rows, metric_key_prefix=prefix).predictions), encoded)
 
 
 def _is_spare(name: str) -> bool:

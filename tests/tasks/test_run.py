@@ -17,7 +17,7 @@ from peftkern.tasks.metrics import class_metrics, entity_metrics
 from peftkern.tasks.run import Prediction, RunResult, evaluate, predict, split_words, train, train_all
 from peftkern.tasks.settings import TrainSettings
 from peftkern.tasks.task import task_for
-from peftkern.tasks.trainer import make_trainer
+from peftkern.tasks.trainer import StepClock, make_trainer
 
 FAST = {"epochs": 2, "batch_size": 8, "max_length": 48, "progress": False, "report_to": "none", "lr": 1e-2}
 METHODS = {
@@ -144,6 +144,17 @@ def test_same_seed_same_result_other_seed_other_result(text):
     weights = [pk.checkpoint.read_tensors(result.folder) for result in (one, two, again)]
     assert all(weights[0][key].equal(weights[2][key]) for key in weights[0])
     assert not all(weights[0][key].equal(weights[1][key]) for key in weights[0])
+
+
+def test_what_is_predicted_on_the_development_set_is_not_logged_as_test(text, monkeypatch):
+    logged = []
+
+    def record(self, args, state, control, metrics, **kwargs):
+        logged.append([name for name in metrics if name.endswith("_loss")])
+
+    monkeypatch.setattr(StepClock, "on_predict", record)
+    train(text.with_changes(epochs=1, method="head"))
+    assert logged == [["eval_loss"], ["test_loss"]]
 
 
 def test_wandb_keeps_a_run_of_its_own_for_every_seed(text, tmp_path, monkeypatch):
