@@ -93,6 +93,11 @@ def test_a_wrong_regular_expression() -> None:
         pk.attach(model, pk.LoraConfig(target_modules="*query"))
 
 
+def test_modules_to_save_that_is_no_list() -> None:
+    with pytest.raises(ConfigError, match=r"modules_to_save='classifier': want a list of module names like \["):
+        pk.LoraConfig(modules_to_save="classifier")
+
+
 # Names and fields.
 
 
