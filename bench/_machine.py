@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ from peftkern import dispatch
 from ._measure import Ceilings
 from ._sources import git_revision, kernel_hash, root
 
+_SMALL = 256
+"""Side of the matrices that are multiplied first."""
+_TOO_LONG = 0.3
+"""Seconds of a product that is not measured."""
+Layout = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+_LAYOUTS: tuple[Layout, ...] = (lambda x, w: (x, w.T), lambda dy, w: (dy, w), lambda dy, x: (dy.T, x))
+"""The products of a linear layer's forward and backward."""
 _PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "unsloth", "numpy")
 
 
@@ -62,7 +70,7 @@ def ceilings(device: torch.device, quick: bool) -> Ceilings:
     sides = {torch.float32: 4096 if cuda else 1536, torch.bfloat16: 8192 if cuda else 1536}
     return Ceilings(
         _copy_rate(size, device),
-        {dtype: _product_rate(256 if quick else side, dtype, device) for dtype, side in sides.items()},
+        {dtype: _product_rate(_SMALL if quick else side, dtype, device) for dtype, side in sides.items()},
     )
 
 
@@ -73,9 +81,24 @@ def _copy_rate(size: int, device: torch.device) -> float:
 
 
 def _product_rate(side: int, dtype: torch.dtype, device: torch.device) -> float:
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(left)
-    return 2 * side**3 / _best(lambda: torch.mm(left, right, out=out), device)
+    """FLOP/s of square products of this size, in the fastest of their layouts.
+
+    On a CPU without bf16 instructions layouts differ by ten times and more, and one product of 1536 takes ten seconds
+    while the time budget runs: a small one chooses the layout there, and serves alone where a large one takes too long.
+    """
+    layouts: Sequence[Layout] = _LAYOUTS
+    if device.type == "cpu" and side > _SMALL:
+        rates = {layout: _rate_of(_SMALL, layout, dtype, device) for layout in layouts}
+        layouts = [max(layouts, key=lambda layout: rates[layout])]
+        if 2 * side**3 / rates[layouts[0]] > _TOO_LONG:
+            return rates[layouts[0]]
+    return max(_rate_of(side, layout, dtype, device) for layout in layouts)
+
+
+def _rate_of(side: int, layout: Layout, dtype: torch.dtype, device: torch.device) -> float:
+    pair = layout(*(torch.randn(side, side, device=device).to(dtype) for _ in range(2)))
+    out = torch.empty(side, side, dtype=dtype, device=device)
+    return 2 * side**3 / _best(lambda: torch.mm(*pair, out=out), device)
 
 
 def ceilings_dict(found: Ceilings) -> dict[str, float]:

@@ -56,7 +56,7 @@ class AdapterConfig:
             object.__setattr__(self, "task_type", getattr(self.task_type, "value", self.task_type))
             self.one_of("task_type", self.TASK_TYPES)
         if isinstance(self.modules_to_save, str):
-            raise ConfigError(f"modules_to_save={self.modules_to_save!r}: want a list of module names")
+            raise ConfigError(f"modules_to_save={self.modules_to_save!r}: want a list of module names like [head]")
 
     def require(self, ok: bool, name: str, want: str) -> None:
         """Raise ConfigError for the field `name` unless `ok`."""

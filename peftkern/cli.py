@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from typer.core import TyperGroup
 
 from peftkern.errors import PeftkernError
-from peftkern.tasks.settings import TrainSettings, load_settings
+from peftkern.tasks.settings import TrainSettings, load_settings, parse_words
 
 _TRAIN_EXTRAS = ("accelerate", "datasets", "matplotlib", "seqeval", "sklearn", "tensorboard")
 
@@ -56,7 +56,7 @@ def _settings_as_flags(command: Callable[..., None]) -> Callable[..., None]:
     for field in dataclasses.fields(TrainSettings):
         kind = hints[field.name] if hints[field.name] in (str, int, float, bool) else str
         flag = "--" + field.name.rstrip("_").replace("_", "-")
-        if field.default is dataclasses.MISSING:  # a mapping: --set, or YAML
+        if field.default is dataclasses.MISSING:  # a mapping: --set, --verbalizer, or YAML
             continue
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
         option = typer.Option(
@@ -116,12 +116,15 @@ Run = Annotated[Path, typer.Argument(help="folder of a finished run", show_defau
 @app.command()
 @_settings_as_flags
 def train(
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; flags go before it")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file, which flags override")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="field of the method's config, e.g. r=8")] = None,
+    words: Annotated[
+        list[str] | None, typer.Option("--verbalizer", help="a label's words at {mask}: good=great,fine; repeat it")
+    ] = None,
     **flags: Any,
 ) -> None:
     """Train a method on labelled data: settings from a YAML file, flags, or both."""
-    settings = load_settings(config, flags, sets or ())
+    settings = load_settings(config, flags | {"verbalizer": parse_words(words) if words else None}, sets or ())
     from peftkern.tasks import report, run
 
     results = run.train_all(settings)

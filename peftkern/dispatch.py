@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ ORDER = ("cuda", "triton", "cpu", "reference")
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ASK_DOCTOR = "; `peftkern doctor` says how to build it"
 _forced: str | None = os.environ.get("PEFTKERN_BACKEND") or None
-_limits: dict[str, Limit] = {}
+_limits: dict[str, Callable[..., str | None]] = {}
+_ask_lock = threading.RLock()
+_asking: int | None = None  # the thread in which `explain` runs an op as far as its choice of a backend
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,13 @@ class Backend:
     trains: bool = True
 
 
-@dataclass(frozen=True)
-class Limit:
-    """Sizes from which an op's kernels are worth their launch, as its benchmark shows.
+def limit(op: str, reason: Callable[..., str | None]) -> None:
+    """Register the sizes from which an op's kernels are worth their launch, as its benchmark shows.
 
-    sizes(*args, **kwargs) are the dims of a call of the op, none where it has too few arguments to know them;
-    reason(backend, dtype, **dims) says why plain PyTorch is faster there, or None.
+    reason(backend, dtype, **dims) says why plain PyTorch is faster there, or None. It is not asked about a backend that
+    is forced, nor where the sizes are not known.
     """
-
-    sizes: Callable[..., dict[str, int]]
-    reason: Callable[..., str | None]
-
-
-def limit(op: str, sizes: Callable[..., dict[str, int]], reason: Callable[..., str | None]) -> None:
-    """Register an op's limit. It is not asked about a backend that is forced, nor where the sizes are not known."""
-    _limits[op] = Limit(sizes, reason)
+    _limits[op] = reason
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,13 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, grad: int = False,
 
     `dims` are the sizes that it may judge by.
     """
+    if _asking is not None and _asking == threading.get_ident():
+        raise _Question(device, dtype, grad, dims)
     return _choose(op, device, dtype, _forced, grad, **dims)
+
+
+class _Question(Exception):
+    """What an op chooses by (device, dtype, grad, dims), raised instead of an answer while `explain` asks for it."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -109,6 +110,8 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, forced: str | Non
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend runs `op` on these arguments, and why each other one does not.
 
+    The op itself is asked: it runs as far as its choice, so that autocast, sizes and whether a gradient is wanted count
+    as they do in a call. Arguments that are no full call are judged by the first tensor's device and dtype alone.
     Raises ValueError for an unknown op, and when no argument is a floating-point tensor.
     """
     known = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "ops")]) if not m.name.startswith("_")]
@@ -117,8 +120,26 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if not tensors:
         raise ValueError(f"explain({op!r}, ...): give the op's own arguments, among them a floating-point tensor")
-    dims = _limits[op].sizes(*args, **kwargs) if op in _limits else {}
-    return _explain(op, tensors[0].device, tensors[0].dtype, _forced, **dims)
+    device, dtype, grad, dims = _ask(op, args, kwargs) or (tensors[0].device, tensors[0].dtype, False, {})
+    return _explain(op, device, dtype, _forced, grad, **dims)
+
+
+def _ask(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """(device, dtype, grad, dims) by which the op chooses for these arguments; None where it does not take them."""
+    global _asking
+    run = getattr(importlib.import_module(f"peftkern.ops.{op}"), op)
+    devices = {t.device for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_cuda}
+    with _ask_lock, torch.random.fork_rng(devices=devices):  # a seed may be drawn on the way
+        _asking = threading.get_ident()
+        try:
+            run(*args, **kwargs)
+        except _Question as question:
+            return question.args
+        except (TypeError, ValueError):
+            pass
+        finally:
+            _asking = None
+    return None
 
 
 def _explain(
@@ -222,7 +243,7 @@ def _slow(name: str, op: str, dtype: torch.dtype, **dims: int) -> str | None:
     """Why plain PyTorch is faster than this backend at these sizes, or None."""
     if name == "reference" or not dims or op not in _limits:
         return None
-    return _limits[op].reason(name, dtype, **dims)
+    return _limits[op](name, dtype, **dims)
 
 
 def _known(name: str) -> str:

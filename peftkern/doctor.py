@@ -156,7 +156,7 @@ def _backends() -> Iterator[Finding]:
     else:
         info = importlib.import_module("peftkern._C")
         built = ", ".join(f"{key} {value}" for key, value in info.build_info().items())
-        yield Finding("backends", "cpu", f"runs as {info.active_isa()} on a {info.cpu_capability()} machine; {built}")
+        yield Finding("backends", "cpu", f"runs {info.active_isa()}, machine {info.cpu_capability()}; {built}")
     yield _triton()
     library = dispatch.load_library("cuda")
     if not isinstance(library, str):

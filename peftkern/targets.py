@@ -226,4 +226,4 @@ def _no_match(spec: list[str] | str, candidates: dict[str, nn.Module], config: A
         )
     names = sorted({path.split(".")[-1] for path in candidates})
     hints = "".join(near(name, names) for name in ([spec] if isinstance(spec, str) else spec))
-    return f"target_modules={spec!r} matches no module{hints}. The model has: {', '.join(names)}"
+    return f"target_modules={spec!r} matches no module{hints or '.'} The model has: {', '.join(names)}"

@@ -107,9 +107,7 @@ _MIXED_FROM, _SAME_FROM = 1 << 17, 1 << 19
 that plain PyTorch makes an f32 copy) and where it is not: bench/column_scale.py, 2 threads of an AMD EPYC."""
 
 
-def _sizes(x: Tensor, s: Tensor | None = None, **_: Any) -> dict[str, int]:
-    if s is None:
-        return {}
+def _sizes(x: Tensor, s: Tensor) -> dict[str, int]:
     return {"M": math.prod(x.shape[:-1]), "C": s.shape[0], "mixed": int(s.dtype.itemsize > x.dtype.itemsize)}
 
 
@@ -120,7 +118,7 @@ def _launch_costs_more(backend: str, dtype: torch.dtype, *, M: int, C: int = 0, 
     return None
 
 
-dispatch.limit("column_scale", _sizes, _launch_costs_more)
+dispatch.limit("column_scale", _launch_costs_more)
 
 
 def _check(x: Tensor, s: Tensor) -> None:

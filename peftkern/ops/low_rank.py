@@ -112,7 +112,7 @@ def low_rank(
         base_out, weight = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None
         bias = bias if column_scale is not None else None
     scales = column_scale, rank_scale, update_scale
-    sizes = _sizes(x, a, b, column_scale=column_scale, rank_scale=rank_scale, update_scale=update_scale, p=p)
+    sizes = _sizes(x, a, b, p, *scales)
     backend, (r, k), n = choose("low_rank", x, a, **sizes), a.shape, b.shape[0]
     if backend == "reference" or r == 0 or k == 0 or n == 0:
         if sizes["plain"] and r > 0 and k > 0:
@@ -154,11 +154,9 @@ def _three_products(
 
 
 def _sizes(
-    x: Tensor, a: Tensor | None = None, b: Tensor | None = None, *, column_scale: Tensor | None = None,
-    rank_scale: Tensor | None = None, update_scale: Tensor | None = None, p: float = 0.0, **_: Any,
+    x: Tensor, a: Tensor, b: Tensor, p: float, column_scale: Tensor | None, rank_scale: Tensor | None,
+    update_scale: Tensor | None,
 ) -> dict[str, int]:  # fmt: skip
-    if a is None or b is None:
-        return {}
     plain = p == 0.0 and column_scale is None and rank_scale is None and update_scale is None
     plain = plain and x.dtype == a.dtype == b.dtype
     return {"M": math.prod(x.shape[:-1]), "K": a.shape[1], "N": b.shape[0], "R": a.shape[0], "plain": plain}
@@ -178,7 +176,7 @@ def _call_costs_more(
     return None
 
 
-dispatch.limit("low_rank", _sizes, _call_costs_more)
+dispatch.limit("low_rank", _call_costs_more)
 
 
 def _writable(base_out: Tensor, x: Tensor) -> bool:

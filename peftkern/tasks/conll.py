@@ -59,6 +59,16 @@ def read_conll(path: Path, encoding: str = "utf-8", token_column: int = -1, tag_
     return sentences
 
 
+def holds_conll(path: Path, encoding: str = "utf-8") -> bool:
+    """Whether a file is CoNLL: by its suffix, or, as `.txt` may hold running text too, by a tag on every line."""
+    if path.suffix != ".txt":
+        return path.suffix in (*SUFFIXES, ".tsv")
+    try:
+        return bool(read_conll(path, encoding))
+    except DataError:
+        return False
+
+
 def read_conll_words(path: Path, encoding: str = "utf-8") -> list[tuple[str, ...]]:
     """Only the words of a CoNLL file, tagged or not: what there is to predict on. Errors as in `read_conll`."""
     blocks = list(_blocks(path, read_lines(path, encoding)))

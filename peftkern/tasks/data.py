@@ -149,7 +149,16 @@ def _read_sets(
             return read_hub(source.data, source.data_config, kind, source.text_column, source.label_column)
         raise DataError(f"data: {source.data} does not exist, as it stands or below $PEFTKERN_DATA")
     files = _files(path, source, suffixes, labelled)
-    return {split: [record for file in files[split] for record in read(file)] for split in SPLITS}
+
+    def read_one(file: Path) -> list[Record]:
+        try:
+            return read(file)
+        except DataError as error:
+            if hint := _other_task(file, suffixes):
+                raise DataError(f"{error}{hint}") from error
+            raise
+
+    return {split: [record for file in files[split] for record in read_one(file)] for split in SPLITS}
 
 
 def _files(path: Path, source: Source, suffixes: tuple[str, ...], labelled: bool) -> dict[str, list[Path]]:
@@ -179,11 +188,21 @@ def _files(path: Path, source: Source, suffixes: tuple[str, ...], labelled: bool
             names = ", ".join(file.name for file in files)
             raise DataError(f"{path}: several files could be the {split} set ({names}); set {split}_file")
     if not any(found.values()) or not (found["train"] or labelled):
+        named = [file for file in sorted(path.iterdir()) if _split_of(file) == "train"]
+        hint = next((hint for file in named if (hint := _other_task(file, suffixes))), "")
         raise DataError(
             f"{path}: no training file (a name with 'train' ending in {', '.join(suffixes)}) among "
-            f"{', '.join(file.name for file in sorted(path.iterdir())) or 'no files'}; set train_file"
+            f"{', '.join(file.name for file in sorted(path.iterdir())) or 'no files'}; set train_file{hint}"
         )
     return found
+
+
+def _other_task(file: Path, suffixes: tuple[str, ...]) -> str:
+    """A hint for a file of a kind that only the task other than that of `suffixes` reads, else nothing."""
+    if file.suffix in suffixes or file.suffix not in (*_SENTENCE_SUFFIXES, *_TEXT_SUFFIXES):
+        return ""
+    other = "text-classification" if suffixes is _SENTENCE_SUFFIXES else "token-classification"
+    return f"; {file.suffix} files are for the task {other}"
 
 
 def _split_of(file: Path) -> str | None:

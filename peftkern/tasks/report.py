@@ -99,7 +99,7 @@ def _cells(results: Sequence[RunResult], names: Sequence[str]) -> tuple[list[str
                 *(f"{scores[metric]:.3f}" for metric in _SHOWN),
                 f"{result.trainable:,}",
                 f"{100 * result.share:.2f}%",
-                f"{result.seconds_per_epoch:.1f}" if result.steps else "-",
+                f"{result.seconds_per_epoch:.1f}" if result.seconds_per_epoch else "-",
                 f"{result.peak_bytes / 2**20:,.0f}",
             ]
         )

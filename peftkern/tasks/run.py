@@ -177,7 +177,7 @@ def evaluate(run: Path | str, split: str = "test", **source: Any) -> Evaluation:
 def predict(run: Path | str, texts: Sequence[str] = (), file: Path | str | None = None) -> list[Prediction]:
     """Tags or classes for texts, or for the lines of a file (for the sentences of a CoNLL file).
 
-    Raises DataError for an empty file or text, ConfigError for a folder without a run.
+    Raises DataError for an empty file or text and for a table, ConfigError for a folder without a run.
     """
     return Predictor(run)(texts, file)
 
@@ -192,16 +192,17 @@ class Predictor:
     def __call__(self, texts: Sequence[str] = (), file: Path | str | None = None) -> list[Prediction]:
         """As `predict`."""
         encoding = self.task.settings.encoding
+        path = Path(file) if file else None
         if self.task.settings.task == "token-classification":
             sentences = [split_words(text) for text in texts]
-            if file and Path(file).suffix in conll.SUFFIXES and Path(file).suffix != ".txt":
-                sentences += conll.read_conll_words(Path(file), encoding)
-            elif file:
-                sentences += [split_words(line) for line in read_lines(Path(file), encoding)]
+            if path and conll.holds_conll(path, encoding):
+                sentences += conll.read_conll_words(path, encoding)
+            elif path:
+                sentences += [split_words(line) for line in _texts_of(path, encoding)]
             sentences = [words for words in sentences if words]
             pairs = zip(sentences, self.tags(sentences), strict=True)
             return [Prediction(" ".join(words), words=words, tags=tuple(tags)) for words, tags in pairs]
-        lines = [*texts, *(read_lines(Path(file), encoding) if file else ())]
+        lines = [*texts, *(_texts_of(path, encoding) if path else ())]
         lines = [line for line in lines if line.strip()]
         return [Prediction(line, label=label) for line, label in zip(lines, self.classes(lines), strict=True)]
 
@@ -217,6 +218,15 @@ class Predictor:
         if not records:
             raise DataError("predict: there is no text")
         return _predict(self.trainer, self.task, self.task.encode(records))
+
+
+def _texts_of(path: Path, encoding: str) -> list[str]:
+    """The lines of a file of texts; the rows of a table would be taken for texts, label and all."""
+    if path.suffix in (".csv", ".tsv", ".jsonl", ".json"):
+        raise DataError(
+            f"{path}: predict wants one text per line and no {path.suffix} table; evaluate scores labelled files"
+        )
+    return read_lines(path, encoding)
 
 
 def split_words(text: str) -> tuple[str, ...]:
@@ -284,7 +294,7 @@ class _Run:
         scores: dict[str, dict[str, float]] = {"dev": {}, "test": {}}
         for name in ("dev", "test"):
             if name in self.sets:
-                predicted = _predict(trainer, task, self.sets[name])
+                predicted = _predict(trainer, task, self.sets[name], "eval" if name == "dev" else name)
                 scores[name] = task.score(self.sets[name].gold, predicted)
                 _write_json(self.folder / f"{name}-predictions.json", predicted)
         steps, epochs = trainer.state.global_step, trainer.state.epoch or 0.0
@@ -354,10 +364,11 @@ def _trainable(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _predict(trainer: AdapterTrainer, task: Task, encoded: Encoded) -> list[Any]:
+def _predict(trainer: AdapterTrainer, task: Task, encoded: Encoded, prefix: str = "test") -> list[Any]:
+    """Tags or classes; `prefix` is what a tracker lists the loss under."""
     trainer.compute_metrics = None
     rows: Any = encoded.rows
-    return task.decode(np.asarray(trainer.predict(rows).predictions), encoded)
+    return task.decode(np.asarray(trainer.predict(rows, metric_key_prefix=prefix).predictions), encoded)
 
 
 def _is_spare(name: str) -> bool:

@@ -228,6 +228,17 @@ def parse_sets(sets: Iterable[str]) -> dict[str, Any]:
     return options
 
 
+def parse_words(items: Iterable[str]) -> dict[str, list[str]]:
+    """`["good=great,fine", "bad=awful"]` -> {"good": ["great", "fine"], "bad": ["awful"]}, a verbalizer."""
+    words: dict[str, list[str]] = {}
+    for item in items:
+        label, equals, text = item.rpartition("=")
+        if not equals or not label.strip():
+            raise ConfigError(f"verbalizer: want label=word,word, got {item!r}")
+        words[label.strip()] = [word.strip() for word in text.split(",")]
+    return words
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; ConfigError with the line where it is none."""
     import yaml  # here, so that commands which read no settings run without it

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from bench import _clock
+from bench import _clock, _machine
 from bench._clock import Runner
 from bench._measure import Case, Ceilings, Cost, Settings, measure, relative_error, verdict
 from bench._row import Row, quantiles
@@ -172,3 +172,27 @@ def test_rows_survive_json():
     again = Row.from_dict(row.to_dict())
     assert again.ratios["floor"][:2] == (1.0, 0.9) and math.isnan(again.ratios["floor"][2])
     assert math.isnan(again.y[0]) and math.isnan(again.gbps)
+
+
+@pytest.mark.parametrize(("seconds", "sides"), [(1e-4, [256, 1536]), (1e-2, [256])], ids=["fast", "slow"])
+def test_a_product_that_takes_long_is_measured_on_a_small_one(monkeypatch, seconds, sides):
+    seen = []
+    monkeypatch.setattr(torch, "mm", lambda left, right, out: seen.append(left.shape[0]))
+    monkeypatch.setattr(_machine, "_best", lambda run, device: run() or seconds)
+    rate = _machine._product_rate(1536, torch.bfloat16, torch.device("cpu"))
+    assert list(dict.fromkeys(seen)) == sides and rate == 2 * sides[-1] ** 3 / seconds
+
+
+@pytest.mark.parametrize("side", [16, 512])
+def test_the_ceiling_is_that_of_the_fastest_layout(monkeypatch, side):
+    """The large product is measured in that layout alone."""
+    seconds = {"NT": 3e-3, "NN": 2e-3, "TN": 4e-3}
+    timed = []
+
+    def mm(left, right, out):
+        timed.append("".join("N" if matrix.is_contiguous() else "T" for matrix in (left, right)))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(_machine, "_best", lambda run, device: run() or seconds[timed[-1]])
+    assert _machine._product_rate(side, torch.float32, torch.device("cpu")) == 2 * side**3 / 2e-3
+    assert timed == ["NT", "NN", "TN", *(["NN"] if side == 512 else [])]

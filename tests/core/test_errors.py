@@ -75,6 +75,7 @@ def test_no_target_matches(family: TinyModel, target: str, hint: str | None) -> 
     with unchanged(model), pytest.raises(TargetError, match="matches no module") as caught:
         pk.attach(model, pk.LoraConfig(target_modules=[target]))
     assert all(name in str(caught.value) for name in names), "the names that there are"
+    assert "?." not in str(caught.value)
     if hint is not None and hint.strip("'") in names:
         assert f"did you mean {hint}" in str(caught.value)
 
@@ -90,6 +91,11 @@ def test_a_wrong_regular_expression() -> None:
     model = tiny_bert()
     with unchanged(model), pytest.raises((TargetError, ConfigError), match=r"target_modules='\*query'"):
         pk.attach(model, pk.LoraConfig(target_modules="*query"))
+
+
+def test_modules_to_save_that_is_no_list() -> None:
+    with pytest.raises(ConfigError, match=r"modules_to_save='classifier': want a list of module names like \["):
+        pk.LoraConfig(modules_to_save="classifier")
 
 
 # Names and fields.

@@ -179,6 +179,55 @@ def test_explain_names_a_reason_for_every_other_backend(op: Op) -> None:
     assert told.backend in str(told)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_explain_names_the_backend_that_a_call_takes(
+    op: Op, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes, dtypes of the adapter, autocast and gradients count as in the call."""
+    taken: list[str] = []
+    choose = dispatch._choose
+
+    class Enough(Exception):
+        """No kernel need run: through Triton's interpreter that takes minutes."""
+
+    def record(name: str, *args: Any, **dims: Any) -> str:
+        taken.append(choose(name, *args, **dims))
+        raise Enough
+
+    for name, kwargs in op.samples(torch.device("cpu"), dtype):
+        for autocast, grad in ((False, False), (True, False), (False, True)):
+            given = _tied(kwargs, trained(op, kwargs)) if grad else kwargs
+            state = torch.random.get_rng_state()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                told = pk.explain(op.name, **given)
+                assert torch.equal(torch.random.get_rng_state(), state)
+                taken.clear()
+                with monkeypatch.context() as patch, pytest.raises(Enough):
+                    patch.setattr(dispatch, "_choose", record)
+                    op.run(**given)
+            assert taken[0] == told.backend, (name, autocast, grad)
+
+
+def test_explain_asks_as_a_call_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend without a backward, one for few rows, one for narrow heads; a few of the arguments are enough."""
+    narrow = dispatch.Backend("cpu", print, print, lambda *_, D=0, **dims: "heads too wide" if D > 4 else None)
+    few = dispatch.Backend("cpu", print, print, lambda *_, M=0, **dims: "too many rows" if M > 4 else None, False)
+    backends = {"prefix_attention": narrow, "multi_low_rank": few}
+    monkeypatch.setattr(dispatch, "load", lambda name, op: backends[op] if name == "cpu" else "not here")
+    dispatch._choose.cache_clear()
+    heads = [torch.ones(1, 1, 2, d) for d in (4, 8)]
+    assert [pk.explain("prefix_attention", h, h, h, h[0], h[0]).backend for h in heads] == ["cpu", "reference"]
+    a, b, index = [torch.ones(1, 3)], [torch.ones(2, 1)], torch.zeros(4, dtype=torch.int64)
+    told = pk.explain("multi_low_rank", torch.ones(4, 3), a, b, index, scales=[1.0])
+    assert told.backend == "cpu"
+    told = pk.explain("multi_low_rank", torch.ones(4, 3, requires_grad=True), a, b, index, scales=[1.0])
+    assert "no backward" in told.refused["cpu"]
+    told = pk.explain("multi_low_rank", torch.ones(5, 3), a, b, torch.zeros(5, dtype=torch.int64), scales=[1.0])
+    assert told.refused["cpu"] == "too many rows"
+    assert pk.explain("multi_low_rank", torch.ones(5, 3)).backend == "cpu"
+    dispatch._choose.cache_clear()
+
+
 def test_forced_backend_that_cannot_run_raises_with_reasons(op: Op) -> None:
     _, kwargs = next(op.samples(torch.device("cpu"), torch.float64))
     for backend in ("cuda", "triton", "cpu"):

@@ -55,6 +55,17 @@ def test_folder_errors(write, tmp_path):
         load_sentences(Source(data=str(tmp_path / "two")))
 
 
+def test_a_file_of_the_other_task_is_told_apart(write, tmp_path):
+    table = write("table/train.csv", "text,label\na b,x\nc d,y\n")
+    for data in (table.parent, table):
+        with pytest.raises(DataError, match=r"\.csv files are for the task text-classification$"):
+            load_sentences(Source(data=str(data)))
+    words = write("words/train.txt", CONLL)
+    for data in (words.parent, words):
+        with pytest.raises(DataError, match=r"\.txt files are for the task token-classification$"):
+            load_texts(Source(data=str(data)))
+
+
 def test_unknown_tag_in_the_test_set_names_file_line_and_near_tag(write, tmp_path):
     write("d/train.conll", CONLL)
     path = write("d/test.conll", "x\tO\nBo\tB-PR\n")

@@ -43,6 +43,11 @@ def test_table_markdown_and_pictures(tmp_path):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_resumed_after_its_last_step_has_no_seconds_per_epoch(tmp_path):
+    compare([_run(tmp_path / "a", seconds_per_epoch=0.0)], tmp_path / "out")
+    assert "| 1.00% | - | 300 |" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_table_cuts_no_figure_at_80_columns(tmp_path):
     scores = dict.fromkeys(SCORES, 0.987)
     full = {"method": "prompt_tuning", "trainable": 22_568_071, "total": 22_568_071, "peak_bytes": 1050 * 2**20}

@@ -17,7 +17,7 @@ from peftkern.tasks.metrics import class_metrics, entity_metrics
 from peftkern.tasks.run import Prediction, RunResult, evaluate, predict, split_words, train, train_all
 from peftkern.tasks.settings import TrainSettings
 from peftkern.tasks.task import task_for
-from peftkern.tasks.trainer import make_trainer
+from peftkern.tasks.trainer import StepClock, make_trainer
 
 FAST = {"epochs": 2, "batch_size": 8, "max_length": 48, "progress": False, "report_to": "none", "lr": 1e-2}
 METHODS = {
@@ -146,6 +146,17 @@ def test_same_seed_same_result_other_seed_other_result(text):
     assert not all(weights[0][key].equal(weights[1][key]) for key in weights[0])
 
 
+def test_what_is_predicted_on_the_development_set_is_not_logged_as_test(text, monkeypatch):
+    logged = []
+
+    def record(self, args, state, control, metrics, **kwargs):
+        logged.append([name for name in metrics if name.endswith("_loss")])
+
+    monkeypatch.setattr(StepClock, "on_predict", record)
+    train(text.with_changes(epochs=1, method="head"))
+    assert logged == [["eval_loss"], ["test_loss"]]
+
+
 def test_wandb_keeps_a_run_of_its_own_for_every_seed(text, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="wandb is not installed; it is no requirement of peftkern")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -229,8 +240,15 @@ def test_predict_files(ner, text, write):
     folder = train(ner.with_changes(method="head", epochs=1)).folder
     assert [p.words for p in predict(folder, file=write("a.conll", "to\nRome\n\nnow\n"))] == [("to", "Rome"), ("now",)]
     assert [p.words for p in predict(folder, file=write("a.txt", "to Rome\n\nnow\n"))] == [("to", "Rome"), ("now",)]
+    for name in ("tagged.txt", "tagged.tsv"):  # what training reads as CoNLL is no running text here
+        tagged = write(name, "to\tO\nRome\tB-LOC\n\nnow\tO\n")
+        assert [p.words for p in predict(folder, file=tagged)] == [("to", "Rome"), ("now",)]
+    with pytest.raises(DataError, match=r"one text per line and no \.jsonl table"):
+        predict(folder, file=write("a.jsonl", '{"tokens": ["x"], "tags": ["O"]}\n'))
     folder = train(text.with_changes(method="head", epochs=1, output=text.output + "-text")).folder
     assert [p.text for p in predict(folder, ["one"], file=write("b.txt", "two\n\nthree\n"))] == ["one", "two", "three"]
+    with pytest.raises(DataError, match=r"one text per line and no \.csv table"):
+        predict(folder, file=write("b.csv", "text,label\ntwo,x\n"))
 
 
 def test_evaluate_a_folder_that_has_only_a_test_set(ner, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peftkern.errors import ConfigError, UnknownMethodError
-from peftkern.tasks.settings import TrainSettings, load_settings, parse_sets
+from peftkern.tasks.settings import TrainSettings, load_settings, parse_sets, parse_words
 
 OK = {"data": "d", "model": "m"}
 YAML = """
@@ -136,6 +136,15 @@ def test_unknown_method_and_option_before_anything_is_read():
 def test_bad_yaml(write, content, message):
     with pytest.raises(ConfigError, match=message):
         load_settings(write("x.yaml", content))
+
+
+def test_verbalizer_by_flags():
+    flags = {"verbalizer": parse_words(["a=x", "b = y, z", "c=d=w"]), "template": "{text} {mask}"}
+    settings = load_settings(None, {**OK, "task": "text-classification", **flags})
+    assert settings.verbalizer == {"a": ("x",), "b": ("y", "z"), "c=d": ("w",)}
+    for wrong in ("great", "=great"):
+        with pytest.raises(ConfigError, match=f"verbalizer: want label=word,word, got '{wrong}'"):
+            parse_words([wrong])
 
 
 def test_missing_yaml_and_bad_set():
