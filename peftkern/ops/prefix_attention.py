@@ -249,7 +249,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
     yield "longer-queries", case(2, 2, 2, 19, 13, 6, 16) | {"causal": True}
     yield "grouped", case(3, 6, 2, 11, 11, 7, 24) | {"causal": True, "scale": 0.4}
     yield "decode", case(2, 8, 2, 1, 67, 20, 24)
-    yield "one-key-each", case(3, 4, 4, 1, 1, 1, 16)
+    yield "one-key-each", case(6, 4, 4, 1, 1, 1, 16)
     yield "right-padded", case(3, 2, 2, 12, 12, 6, 16) | {"mask": padded(3, 12, False)}
     yield "left-padded-causal", case(4, 2, 1, 13, 13, 6, 40) | {"mask": padded(4, 13, True), "causal": True}
     blind = torch.ones(3, 1, 9, 9, dtype=torch.bool).tril()
