@@ -137,10 +137,11 @@ class PromptHooks(nn.Module):
         index = source_index(mask, self.prompt_length())
         position = torch.arange(length, device=mask.device).expand_as(index)
         order = position.masked_fill(index < 0, length).sort(1).values[:, : mask.shape[1]]
+        rows = (order + length * torch.arange(len(order), device=order.device)[:, None]).flatten()
 
         def strip(value: Any) -> Any:
             if isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == length:
-                return value.gather(1, order[..., None].expand(-1, -1, value.shape[2]))
+                return value.flatten(0, 1).index_select(0, rows).view(*order.shape, value.shape[2])
             return tuple(map(strip, value)) if isinstance(value, tuple) and not hasattr(value, "_fields") else value
 
         if isinstance(output, dict):
