@@ -140,17 +140,16 @@ def _three_products(
     x: Tensor, a: Tensor, b: Tensor, scale: float, weight: Tensor | None, bias: Tensor | None, base_out: Tensor | None
 ) -> Tensor:
     """base + s · (x Aᵀ) Bᵀ as PyTorch has it, for sizes where a kernel of our own costs more to call than it saves."""
-    x2, n = rows(x), b.shape[0]
-    hidden = F.linear(x2, a)
     if weight is not None:
-        base_out = F.linear(x2, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype))
+        base_out = F.linear(x, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype))
+    hidden = F.linear(x, a)
     if base_out is None:
-        y = scale * F.linear(hidden, b)
-    elif base_out.dtype == x.dtype:
-        y = torch.addmm(base_out.reshape(-1, n), hidden, b.T, alpha=scale)
-    else:
-        y = base_out.reshape(-1, n) + (scale * F.linear(hidden, b)).to(base_out.dtype)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+        return scale * F.linear(hidden, b)
+    if base_out.dtype == x.dtype and not tracked():
+        y = torch.addmm(rows(base_out), rows(hidden), b.T, alpha=scale)
+        return y if x.dim() == 2 else y.view(base_out.shape)
+    # Backward multiplies by the scale once here, and twice after addmm.
+    return torch.add(base_out, cast(F.linear(hidden, b), base_out.dtype), alpha=scale)
 
 
 def _sizes(
