@@ -1,7 +1,7 @@
 """README's figures, written from the committed result files and from nothing else; needs no torch.
 
-Between the markers stand the CPU's tables (bench/results/cpu/*.json) and a table per GPU (bench/results/GPU/*.json),
-each with what it was measured on. Where the kernels have changed since, it says so; where there is no file, that too.
+Between the markers stand the tables of every folder of bench/results, the CPUs' (cpu, cpu-*) before the GPUs', each
+with what it was measured on. Where the kernels have changed since, it says so; where there is no GPU's, that too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _STEPS = (
     "flowing through it and no adapter; medians of interleaved rounds, 20 to 80 % in brackets."
 )
 _OPS = (
-    "Ops alone, forward and backward: time over the least that any implementation does (low_rank: the base layer; "
+    "Forward and backward: time over the least that any implementation does (low_rank: the base layer; "
     "bottleneck: its matrix products; prompt_concat: a copy of the output; others: see their file in bench/)."
 )
 OLDER = "**Measured on an older revision: the kernels have changed since.**"
@@ -61,9 +61,10 @@ def replaced(text: str, section: str) -> str:
 
 def figures(top: Path) -> str:
     """The whole section as Markdown."""
-    results = top / "bench" / "results"
-    cpu, *gpus = [results / "cpu", *sorted(p for p in results.iterdir() if p.is_dir() and p.name != "cpu")]
-    parts = [section for folder in (cpu, *gpus) if (section := _device_section(folder, top))]
+    folders = sorted(path for path in (top / "bench" / "results").iterdir() if path.is_dir())
+    cpus = [folder for folder in folders if folder.name.split("-")[0] == "cpu"]
+    gpus = [folder for folder in folders if folder not in cpus]
+    parts = [section for folder in (*cpus, *gpus) if (section := _device_section(folder, top))]
     if not any(list(folder.glob("*.json")) for folder in gpus):
         parts.append(NO_GPU)
     return "\n\n".join(parts)
@@ -87,16 +88,14 @@ def _device_section(folder: Path, top: Path) -> str:
             if latest[row["kernel_name"], row["config"].get("case", "")] is file
         ]  # fmt: skip
     machine = files[-1]["machine"]
-    name = machine["gpu_name"] or machine["cpu_name"]
+    name = machine["gpu_name"] or f"{machine['cpu_name']}, {machine['active_isa'] or 'no compiled kernels'}"
     parts = [f"### Figures: {name}", *(_provenance(file, top) for file in files), *_tables(rows)]
     return "\n\n".join(parts)
 
 
 def _provenance(file: dict[str, Any], top: Path) -> str:
     machine, versions = file["machine"], file["machine"]["versions"]
-    where = f"{machine['threads']} threads, {machine['active_isa'] or 'no compiled kernels'}"
-    if machine["device"] == "cuda":
-        where = f"CUDA {machine['cuda']}"
+    where = f"CUDA {machine['cuda']}" if machine["device"] == "cuda" else f"{machine['threads']} threads"
     parts = [where, *(f"{key} {versions[key]}" for key in ("torch", "triton", "peft") if versions.get(key))]
     parts += [f"revision {machine['git_revision'] or 'unknown'}", str(file["timestamp"])[:10]]
     text = f"[{file['path'].name}]({file['path'].relative_to(top).as_posix()}): {', '.join(parts)}."
@@ -125,7 +124,10 @@ def _provenance(file: dict[str, Any], top: Path) -> str:
 def _tables(rows: list[Row]) -> list[str]:
     steps = [row for row in rows if row.kernel_name == "step"]
     ops = [row for row in rows if row.kernel_name != "step" and not row.config.get("light")]
-    return [*_table(steps, _STEPS, None), *_table(ops, _OPS, _OPS_SHOWN)]
+    single = _table(ops, _OPS, _OPS_SHOWN)
+    if single:
+        single = ["<details><summary>Ops alone</summary>", *single, "</details>"]
+    return [*_table(steps, _STEPS, None), *single]
 
 
 def _table(rows: list[Row], title: str, most: int | None) -> list[str]:

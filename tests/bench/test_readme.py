@@ -65,6 +65,14 @@ def test_a_gpu_has_a_table_of_its_own(checkout: Path) -> None:
     assert "CUDA 13.0" in text and "Correctness tests before the run: passed (9 passed)." in text
 
 
+def test_every_cpu_has_tables_of_its_own(checkout: Path) -> None:
+    write(checkout, "cpu", "cpu")
+    write(checkout, "cpu", "cpu-other", ratio=1.4)
+    text = _readme.figures(checkout)
+    assert _readme.NO_GPU in text and text.count("### Figures: Some CPU, avx2") == 2
+    assert text.index("1.10 (") < text.index("1.40 (")
+
+
 @pytest.mark.parametrize(
     ("file", "older"),
     [
