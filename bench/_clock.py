@@ -35,16 +35,25 @@ class Runner:
     sample: Callable[[], tuple[float, float]] | None = None
 
 
+class TooSlow(RuntimeError):
+    """One pass takes so long that timing it would use up the time of many cases."""
+
+
 def timer(
-    runner: Runner, device: torch.device, launch: str, flush: Tensor | None, pool: Any = None
+    runner: Runner, device: torch.device, launch: str, flush: Tensor | None, pool: Any = None, longest: float = math.inf
 ) -> Callable[[], tuple[float, float]]:
     """A warmed-up function that takes one sample: seconds of forward and of backward.
 
     Graphs with the same `pool` share their memory: they run one at a time, and nobody reads what they leave.
+    Raises TooSlow where the first pass takes more than `longest` seconds.
     """
     if launch == "graph":
         return _graph_timer(runner, flush, pool)
-    for _ in range(2 if device.type == "cpu" else 5):
+    started = time.perf_counter()
+    one_pass(runner)
+    if (seconds := time.perf_counter() - started) > longest:
+        raise TooSlow(f"one pass took {seconds:.1f} s; what takes more than {longest:g} s is not timed")
+    for _ in range(1 if device.type == "cpu" else 4):
         one_pass(runner)
     if runner.sample is not None:
         return runner.sample

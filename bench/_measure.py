@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._clock import Runner, Values, peak, timer
+from ._clock import Runner, TooSlow, Values, peak, timer
 from ._row import Quantiles, Row, quantiles
 
 OURS, FLOOR, YARDSTICK = "peftkern", "floor", "torch"
@@ -117,13 +117,14 @@ class Case:
 class Settings:
     """At most `rounds` and at least `least` rounds, about `seconds` per case, without the providers in `without`.
 
-    announce(stage) is told what is about to run, so that whoever watches knows what died. Of a light case the rounds
-    are a third, and memory is not looked at.
+    A provider of which one pass takes longer than `longest` seconds is not timed. announce(stage) is told what is about
+    to run, so that whoever watches knows what died. A light case has a third of the rounds, and no memory rows.
     """
 
     rounds: int = 25
     least: int = 5
     seconds: float = 4.0
+    longest: float = 4.0
     graphs: bool = True
     ceilings: Ceilings | None = None
     without: frozenset[str] = frozenset()
@@ -143,7 +144,7 @@ def measure(case: Case, settings: Settings) -> list[Row]:
         settings.announce(name)
         for launch in launches:
             try:
-                timers[name, launch] = timer(runner, case.device, launch, settings.flush, pool)
+                timers[name, launch] = timer(runner, case.device, launch, settings.flush, pool, settings.longest)
             except Exception as error:
                 rows.append(_failed(case, name, error, launch))
     settings.announce("timing")
@@ -230,7 +231,8 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 def _failed(case: Case, name: str, error: Exception, launch: str = "") -> Row:
     """The row of a provider that raised; a device that has died with it is passed on."""
-    status = "missing" if isinstance(error, ImportError) else "failed"
+    kinds = {ImportError: "missing", TooSlow: "not run"}
+    status = next((status for kind, status in kinds.items() if isinstance(error, kind)), "failed")
     lines = str(error).strip().splitlines() or [""]
     row = case.row(name, status=status, note=f"{type(error).__name__}: {lines[0][:300]}")
     if launch == "graph":

@@ -132,6 +132,13 @@ def test_stops_after_its_seconds_but_not_before_the_least_rounds():
     assert {row.rounds for row in rows if row.metric_name == "speed"} == {2}
 
 
+def test_a_provider_that_takes_too_long_is_not_timed():
+    rows = measure(case(floor=runner), Settings(rounds=9, longest=0.0))
+    (slow,) = [row for row in rows if row.status == "not run"]
+    assert slow.kernel_provider == "floor" and "is not timed" in slow.note
+    assert not [row for row in rows if row.metric_name == "speed" and row.status == "ok"]
+
+
 def test_leaves_out_what_it_is_told_to():
     rows = measure(case(floor=runner, torch=good), Settings(rounds=1, least=1, without=frozenset({"torch"})))
     assert not by_provider(rows, "torch")
