@@ -77,6 +77,7 @@ struct Packed {
 };
 template <class T, bool MASKED>
 struct Direct {
+  static constexpr int64_t kAhead = 16;  // rows; a column of tiles is too short for the hardware to prefetch
   const T* row;
   int64_t stride;
   const uint8_t* bits;
@@ -87,6 +88,8 @@ struct Direct {
     return value;
   }
   PEFTKERN_INLINE void next() {
+    __builtin_prefetch(row + kAhead * stride, 0, 3);
+    __builtin_prefetch(row + kAhead * stride + kPanel - kLanes, 0, 3);
     row += stride;
     if constexpr (MASKED) bits += ldb;
   }
