@@ -103,7 +103,8 @@ def heat_map(result: Result) -> bytes | None:
     from matplotlib import pyplot
 
     width = max(len(ranks) for ranks in panels.values())
-    figure, grid = pyplot.subplots(len(panels), width, figsize=(3.4 * width, 2.6 * len(panels)), squeeze=False)
+    size = (3.4 * width, 2.6 * len(panels))
+    figure, grid = pyplot.subplots(len(panels), width, figsize=size, squeeze=False, layout="constrained")
     for axes in grid.flat:
         axes.set_axis_off()
     for line, ((kernel, launch), ranks) in zip(grid, panels.items(), strict=True):
@@ -111,7 +112,6 @@ def heat_map(result: Result) -> bytes | None:
             _panel(axes, cells)
             axes.set_title(kernel + (f" r{rank:g}" if rank else "") + (f" [{launch}]" if launch else ""), fontsize=8)
     figure.suptitle(f"{_device(result)}: time over eager PyTorch's (above 1: slower)", fontsize=9)
-    figure.tight_layout()
     return _png(figure)
 
 
