@@ -60,7 +60,7 @@ test-triton: $(VENV)/.dev
 # The AVX-512 kernels on a CPU that has AVX2 at most: compiled with stand-ins for their intrinsics, loaded in place of the installed extension.
 test-emulated: $(VENV)/.dev
 	PEFTKERN_EMULATE_AVX512=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/emulated
-	$(OFFLINE) PEFTKERN_EMULATED=build/emulated/peftkern $(PYTEST) tests/csrc $(ARGS)
+	$(OFFLINE) PEFTKERN_EMULATED=build/emulated/peftkern $(PYTEST) tests/csrc -k avx512 $(ARGS)
 
 # The quick cases under pytest-benchmark, then the whole benchmark on the CPU: its files land in bench/results/cpu. On a GPU:
 # make bench ARGS="--device cuda". `make readme-figures` then writes README's tables from what lies in bench/results.
