@@ -14,10 +14,12 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +198,8 @@ def load_library(name: str) -> Path | str:
     if name == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     stem = {"cpu": "_C", "cuda": "_cuda"}[name]
-    spec = importlib.util.find_spec(f"peftkern.{stem}")
+    # In this package's own folders: the finder of an editable install would offer another checkout's library.
+    spec = PathFinder.find_spec(f"peftkern.{stem}", sys.modules["peftkern"].__path__)
     if spec is None or spec.origin is None:
         return f"the compiled extension peftkern/{stem} is not built{ASK_DOCTOR}"
     library = Path(spec.origin)
