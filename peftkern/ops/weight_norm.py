@@ -214,8 +214,12 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
 
 
 def draw(draw: Draw) -> dict[str, Any]:
-    """A random case, in which the update does not undo the weight: there the gradients have no digits to compare."""
-    n, k, r, adapter = draw.size(), draw.size(), draw.size(65), draw.adapter_dtype()
+    """A random case, in which the update does not undo the weight: there the gradients have no digits to compare.
+
+    At least two columns: a row of one has the direction ±1, in which PyTorch makes no error at all and the factored
+    gradients round as elsewhere (1.5 units in the last place).
+    """
+    n, k, r, adapter = draw.size(), max(2, draw.size()), draw.size(65), draw.adapter_dtype()
     a, b = draw.randn(r, k, dtype=adapter) / k**0.5, draw.randn(n, r, dtype=adapter) / r**0.5
     weight = (1.0 + 0.5 * draw.randn(n, k).tanh()) / k**0.5
     return {"weight": weight, "a": a, "b": 0.1 * b, "scale": draw.one_of([1.0, 0.5, -2.0])}

@@ -111,7 +111,7 @@ def test_compiles_to_one_graph_without_recompiling(op: Op, backend: str) -> None
         torch._dynamo.reset()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(op.run, fullgraph=True, backend=counter)
-        for rows in (4, 6, 9):
+        for rows in (2, 3, 5):
             grown = _tied(kwargs, trained(op, _with_rows(op, kwargs, rows)))
             again = _tied(kwargs, {k: _leaf(v) for k, v in grown.items()})
             given = [again[key] for key in op.rows if isinstance(again.get(key), Tensor)]

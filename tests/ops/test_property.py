@@ -19,15 +19,19 @@ from .layouts import described, relayout
 
 # The interpreter takes a fifth of a second per case. PEFTKERN_EXAMPLES=3000 for a long search.
 EXAMPLES = int(os.environ.get("PEFTKERN_EXAMPLES", 20 if os.environ.get("TRITON_INTERPRET") == "1" else 120))
-# No deadline and no database: the same cases on every machine, whatever its speed.
+# No deadline and no database: the same cases on every machine, whatever its speed. No shrinking: no seed is simpler.
 SEARCH = settings(
     max_examples=EXAMPLES,
     derandomize=True,
     database=None,
     deadline=None,
-    phases=(Phase.generate, Phase.shrink),
+    phases=(Phase.generate,),
     suppress_health_check=list(HealthCheck),
 )
+# Two digits a draw: into larger ranges hypothesis mixes constants that it finds in whatever modules are loaded, so that
+# the cases would depend on the tests that ran before in the same process.
+DIGITS = st.integers(0, 99)
+SEEDS = st.tuples(DIGITS, DIGITS, DIGITS)
 
 
 def drawn(op: Op, backend: str, random: Random) -> dict[str, Any]:
@@ -44,8 +48,9 @@ def test_any_case_is_as_good_as_torch(op: Op, backend: str) -> None:
     skip_unless_runs(op.name, backend)
 
     @SEARCH
-    @given(st.randoms(use_true_random=False))
-    def search(random: Random) -> None:
+    @given(SEEDS)
+    def search(seed: tuple[int, int, int]) -> None:
+        random = Random("-".join(map(str, seed)))
         kwargs = drawn(op, backend, random)
         graph = random.randrange(4) > 0
         note(f"{described(kwargs)}, {graph=}")
