@@ -200,7 +200,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, mask: Tensor
     if mask is None:
         return
     (b, hq, s), length = q.shape[:3], k.shape[2]
-    fits = mask.dim() == 4 and mask.shape[0] in (1, b) and mask.shape[1] in (1, hq) and mask.shape[2] in (1, s)
+    # Not `in`: dynamo finds no integer in a tuple of symbolic ones.
+    fits = mask.dim() == 4 and all(n == 1 or n == want for n, want in zip(mask.shape[:3], (b, hq, s), strict=True))
     if not fits or mask.shape[3] != length or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise ValueError(
             f"mask {mask.dtype} {tuple(mask.shape)}: want bool or floating [{b} or 1, {hq} or 1, {s} or 1, {length}]"

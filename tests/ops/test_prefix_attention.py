@@ -136,6 +136,20 @@ def test_grouped_queries_equal_repeated_keys(backend: str) -> None:
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
+def test_a_compiled_call_meets_a_mask_after_its_batch_has_grown(backend: str) -> None:
+    """The batch is symbolic by then, the mask's is not."""
+    skip_unless_runs("prefix_attention", backend)
+    device = device_of(backend)
+    prefix = torch.randn(2, 3, 16, device=device)
+    torch.compiler.reset()
+    compiled = torch.compile(prefix_attention, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):
+        q = torch.randn(batch, 2, 5, 16, device=device)
+        mask = torch.ones(batch, 1, 1, 5, dtype=torch.bool, device=device) if batch == 3 else None
+        want = prefix_attention(q, q, q, prefix, prefix, mask=mask)
+        torch.testing.assert_close(compiled(q, q, q, prefix, prefix, mask=mask), want)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
 def test_a_mask_may_lie_in_memory_as_it_likes(dtype: torch.dtype, backend: str) -> None:
     skip_unless_runs("prefix_attention", backend)
