@@ -82,7 +82,7 @@ def check(folder: Path, device: str, seconds: float, job: dict[str, Any] | None 
 
 
 def _pytest(folder: Path, device: str, shard: str, report: Path) -> subprocess.Popen[bytes]:
-    # No plugins of others, some of which take seconds to import, and no addopts, which would ask for the project's own.
+    # No addopts: the strictness of the project's own settings would ask for its pytest plugins.
     options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", f"{__package__}._pytest_plugin"]
     # A machine that is lent has seldom everything that the other tests import.
     options += ["--continue-on-collection-errors"]
@@ -90,7 +90,7 @@ def _pytest(folder: Path, device: str, shard: str, report: Path) -> subprocess.P
     command = [sys.executable, "-m", "pytest", *options, str(folder / "tests")]
     path = os.pathsep.join([str(folder), environment()["PYTHONPATH"]])
     return subprocess.Popen(
-        command, cwd=folder, env=environment() | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        command, cwd=folder, env=environment() | {"PYTHONPATH": path},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 

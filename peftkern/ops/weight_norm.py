@@ -216,8 +216,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
 def draw(draw: Draw) -> dict[str, Any]:
     """A random case, in which the update does not undo the weight: there the gradients have no digits to compare.
 
-    At least two columns: a row of one has the direction ±1, in which PyTorch makes no error at all and the factored
-    gradients round as elsewhere (1.5 units in the last place).
+    At least two columns: of a row of one only the sign counts, in which PyTorch makes no error even where the update
+    undoes nearly all of it, by chance.
     """
     n, k, r, adapter = draw.size(), max(2, draw.size()), draw.size(65), draw.adapter_dtype()
     a, b = draw.randn(r, k, dtype=adapter) / k**0.5, draw.randn(n, r, dtype=adapter) / r**0.5

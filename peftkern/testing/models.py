@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForTokenClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+
+# Imported where a model is built: the pytest plugin is beside this file, and every pytest that finds it would pay.
+if TYPE_CHECKING:
+    from transformers import BertForTokenClassification, GPT2LMHeadModel, LlamaForCausalLM
 
 M = TypeVar("M", bound=nn.Module)
 VOCABULARY, WIDTH, LAYERS, LABELS, POSITIONS = 61, 32, 2, 5, 64
@@ -32,6 +28,8 @@ class TinyModel:
 
 def tiny_bert(**overrides: Any) -> BertForTokenClassification:
     """An encoder with a token-classification head; biases everywhere, learned positions, post-norm."""
+    from transformers import BertConfig, BertForTokenClassification
+
     config = {
         "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
         "intermediate_size": 2 * WIDTH, "max_position_embeddings": POSITIONS, "num_labels": LABELS,
@@ -42,6 +40,8 @@ def tiny_bert(**overrides: Any) -> BertForTokenClassification:
 
 def tiny_gpt2(**overrides: Any) -> GPT2LMHeadModel:
     """A causal language model with Conv1D projections (weights transposed) and a head tied to the embedding."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     config = {
         "vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": POSITIONS,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2,
@@ -54,6 +54,8 @@ def tiny_gpt2(**overrides: Any) -> GPT2LMHeadModel:
 
 def tiny_llama(**overrides: Any) -> LlamaForCausalLM:
     """A causal language model without any bias, with rotary positions, grouped queries and a head of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = {
         "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
         "num_key_value_heads": 2, "intermediate_size": 2 * WIDTH, "max_position_embeddings": POSITIONS,
