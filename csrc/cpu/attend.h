@@ -47,7 +47,7 @@ template <int VECS>
 void multiply_strip(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t ldb, int64_t m,
                     int64_t depth, float* c, int64_t ldc, bool add, float factor) {
   // 24 accumulators of 32 registers with AVX-512, 12 of 16 below.
-  constexpr int kRows = (PEFTKERN_LEVEL >= 2 ? 24 : 12) / VECS > 6 ? 6 : (PEFTKERN_LEVEL >= 2 ? 24 : 12) / VECS;
+  constexpr int kMost = (PEFTKERN_LEVEL >= 2 ? 24 : 12) / VECS, kRows = kMost < 6 ? kMost : 6;
   for (int64_t i = 0; i < m; i += kRows) {
     const int64_t rows = m - i < kRows ? m - i : kRows;
     multiply_tile<kRows, VECS>(a + i * a_row, a_row, a_step, b, ldb, rows, depth, c + i * ldc, ldc, add, factor);
@@ -56,9 +56,11 @@ void multiply_strip(const float* a, int64_t a_row, int64_t a_step, const float* 
 
 void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t ldb, int64_t m, int64_t n,
               int64_t depth, float* c, int64_t ldc, bool add, float factor = 1.0f) {
+  // Of 16 registers, 12 accumulators leave room for two or three vectors of b and one of a, not for four.
+  constexpr int kStrip = PEFTKERN_LEVEL >= 2 ? 4 : 2;
   int64_t j = 0;
-  for (; n - j >= 4 * kLanes; j += 4 * kLanes)
-    multiply_strip<4>(a, a_row, a_step, b + j, ldb, m, depth, c + j, ldc, add, factor);
+  for (; n - j >= 4 * kLanes; j += kStrip * kLanes)
+    multiply_strip<kStrip>(a, a_row, a_step, b + j, ldb, m, depth, c + j, ldc, add, factor);
   const int64_t vectors = (n - j) / kLanes;
   if (vectors == 3) multiply_strip<3>(a, a_row, a_step, b + j, ldb, m, depth, c + j, ldc, add, factor);
   if (vectors == 2) multiply_strip<2>(a, a_row, a_step, b + j, ldb, m, depth, c + j, ldc, add, factor);
@@ -83,9 +85,9 @@ PEFTKERN_INLINE float sum_lanes(vf v) {
   for (int i = 0; i < kLanes; ++i) sum += v[i];
   return sum;
 }
-inline float row_max(const float* p) {
+inline float row_max(const float* p, int64_t width) {
   vf top = load(p);
-  for (int64_t c = kLanes; c < kKeys; c += kLanes) {
+  for (int64_t c = kLanes; c < width; c += kLanes) {
     const vf x = load(p + c);
     top = select(x > top, x, top);
   }
@@ -94,9 +96,9 @@ inline float row_max(const float* p) {
   return highest;
 }
 // p = exp(p - top), and its sum.
-inline float exponentials(float* p, float top) {
+inline float exponentials(float* p, int64_t width, float top) {
   vf sum{};
-  for (int64_t c = 0; c < kKeys; c += kLanes) {
+  for (int64_t c = 0; c < width; c += kLanes) {
     const vf e = exp_of_negative(load(p + c) - splat(top));
     store(p + c, e);
     sum += e;
@@ -104,8 +106,8 @@ inline float exponentials(float* p, float top) {
   return sum_lanes(sum);
 }
 // dp becomes the gradient of the scores, p what is multiplied with the values.
-inline void slopes(float* p, float* dp, float delta, const Attention& op, const uint8_t* bits) {
-  for (int64_t c = 0; c < kKeys; c += kLanes) {
+inline void slopes(float* p, float* dp, int64_t width, float delta, const Attention& op, const uint8_t* bits) {
+  for (int64_t c = 0; c < width; c += kLanes) {
     vf weight = load(p + c), slope = load(dp + c);
     const vf kept = weight;
     if (bits) {
@@ -212,10 +214,10 @@ class Rows {
     op_.top[at] = top, op_.sum[at] = sum;
   }
   // Scores to weights.
-  void weights(int64_t i, float* p) const {
+  void weights(int64_t i, int64_t width, float* p) const {
     const int64_t at = index(i);
-    exponentials(p, op_.top[at]);
-    scale_row(p, kKeys, 1.0f / op_.sum[at]);
+    exponentials(p, width, op_.top[at]);
+    scale_row(p, width, 1.0f / op_.sum[at]);
   }
   // Whether no query sees any of the keys [j0, j0 + n).
   bool hidden(int64_t j0, int64_t n) const {
@@ -248,7 +250,7 @@ class Rows {
           for (int64_t j = text; j < seen; ++j) p[j] += add[j];
         }
       }
-      for (int64_t j = seen; j < kKeys; ++j) p[j] = -INFINITY;
+      for (int64_t j = seen; j < round_up(n, kLanes); ++j) p[j] = -INFINITY;
     }
   }
   void keep(int64_t j0, int64_t n, uint8_t* bits) const {
@@ -325,7 +327,7 @@ void decode(const Attention& op) {
       for (int64_t i = 0; i < rows; ++i) highest[i] = -INFINITY, sum[i] = 0.0f;
       std::memset(w.o.get(), 0, static_cast<size_t>(rows * w.width) * sizeof(float));
       for (int64_t j0 = 0; j0 < n; j0 += kKeys) {
-        const int64_t size = n - j0 < kKeys ? n - j0 : kKeys;
+        const int64_t size = n - j0 < kKeys ? n - j0 : kKeys, padded = round_up(size, kLanes);
         if (at.hidden(j0, size)) continue;
         // The part of the prefix, then that of the text.
         const int64_t split = op.t <= j0 ? 0 : op.t - j0 < size ? op.t - j0 : size;
@@ -337,8 +339,8 @@ void decode(const Attention& op) {
         if (split < size) decode_keys(k, op.k.row, size - split, w.q.get(), rows, op.d, w.width, op.scale, p + split);
         at.mask(j0, size, p);
         for (int64_t i = 0; i < rows; ++i) {
-          const float top = std::fmax(highest[i], row_max(p + i * kKeys)), fade = std::exp(highest[i] - top);
-          sum[i] = sum[i] * fade + exponentials(p + i * kKeys, top);
+          const float top = std::fmax(highest[i], row_max(p + i * kKeys, padded)), fade = std::exp(highest[i] - top);
+          sum[i] = sum[i] * fade + exponentials(p + i * kKeys, padded, top);
           highest[i] = top;
           scale_row(w.o.get() + i * w.width, w.width, fade);
         }

@@ -168,15 +168,15 @@ void forward_rows(const Attention& op, const Blocks& keys, int64_t b, int64_t kv
   std::memset(w.o.get(), 0, static_cast<size_t>(rows * w.width) * sizeof(float));
   const Rows at(op, b, kvh, row, rows);
   for (int64_t block = 0; block < keys.count; ++block) {
-    const int64_t j0 = block * kKeys, n = keys.size(block);
+    const int64_t j0 = block * kKeys, n = keys.size(block), padded = round_up(n, kLanes);
     if (at.hidden(j0, n)) continue;
-    multiply(w.q.get(), w.width, 1, keys.k_columns(block), kKeys, rows, kKeys, op.d, w.p.get(), kKeys, false, op.scale);
+    multiply(w.q.get(), w.width, 1, keys.k_columns(block), kKeys, rows, padded, op.d, w.p.get(), kKeys, false, op.scale);
     at.mask(j0, n, w.p.get());
     for (int64_t i = 0; i < rows; ++i) {
       float* p = w.p.get() + i * kKeys;
-      const float top = std::fmax(highest[i], row_max(p));
+      const float top = std::fmax(highest[i], row_max(p, padded));
       const float fade = std::exp(highest[i] - top);
-      sum[i] = sum[i] * fade + exponentials(p, top);
+      sum[i] = sum[i] * fade + exponentials(p, padded, top);
       highest[i] = top;
       if (fade != 1.0f) scale_row(w.o.get() + i * w.width, w.width, fade);
     }
@@ -233,15 +233,16 @@ void backward_rows(const Attention& op, const Blocks& keys, int64_t b, int64_t k
   float *const p = w.p.get(), *const dp = w.dp.get(), *const dq = w.o.get();
   std::memset(dq, 0, static_cast<size_t>(rows * w.width) * sizeof(float));
   for (int64_t block = 0; block < keys.count; ++block) {
-    const int64_t j0 = block * kKeys, n = keys.size(block);
+    const int64_t j0 = block * kKeys, n = keys.size(block), padded = round_up(n, kLanes);
     if (at.hidden(j0, n)) continue;
-    multiply(w.q.get(), w.width, 1, keys.k_columns(block), kKeys, rows, kKeys, op.d, p, kKeys, false, op.scale);
-    multiply(w.dout.get(), w.width, 1, keys.v_columns(block), kKeys, rows, kKeys, op.d, dp, kKeys, false);
+    multiply(w.q.get(), w.width, 1, keys.k_columns(block), kKeys, rows, padded, op.d, p, kKeys, false, op.scale);
+    multiply(w.dout.get(), w.width, 1, keys.v_columns(block), kKeys, rows, padded, op.d, dp, kKeys, false);
     at.mask(j0, n, p);
-    for (int64_t i = 0; i < rows; ++i) at.weights(i, p + i * kKeys);
+    for (int64_t i = 0; i < rows; ++i) at.weights(i, padded, p + i * kKeys);
     if (op.drop.on) at.keep(j0, n, w.bits.get());
     for (int64_t i = 0; i < rows; ++i)
-      slopes(p + i * kKeys, dp + i * kKeys, delta[i], op, op.drop.on ? w.bits.get() + i * kMaskBytes : nullptr);
+      slopes(p + i * kKeys, dp + i * kKeys, padded, delta[i], op,
+             op.drop.on ? w.bits.get() + i * kMaskBytes : nullptr);
     float* const dv = w.dv.get() + j0 * w.width;
     float* const dk = w.dk.get() + j0 * w.width;
     multiply(p, 1, kKeys, w.dout.get(), w.width, n, w.width, rows, dv, w.width, true);
