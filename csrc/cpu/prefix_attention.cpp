@@ -170,7 +170,8 @@ void forward_rows(const Attention& op, const Blocks& keys, int64_t b, int64_t kv
   for (int64_t block = 0; block < keys.count; ++block) {
     const int64_t j0 = block * kKeys, n = keys.size(block), padded = round_up(n, kLanes);
     if (at.hidden(j0, n)) continue;
-    multiply(w.q.get(), w.width, 1, keys.k_columns(block), kKeys, rows, padded, op.d, w.p.get(), kKeys, false, op.scale);
+    multiply(w.q.get(), w.width, 1, keys.k_columns(block), kKeys, rows, padded, op.d, w.p.get(), kKeys, false,
+             op.scale);
     at.mask(j0, n, w.p.get());
     for (int64_t i = 0; i < rows; ++i) {
       float* p = w.p.get() + i * kKeys;
@@ -241,8 +242,7 @@ void backward_rows(const Attention& op, const Blocks& keys, int64_t b, int64_t k
     for (int64_t i = 0; i < rows; ++i) at.weights(i, padded, p + i * kKeys);
     if (op.drop.on) at.keep(j0, n, w.bits.get());
     for (int64_t i = 0; i < rows; ++i)
-      slopes(p + i * kKeys, dp + i * kKeys, padded, delta[i], op,
-             op.drop.on ? w.bits.get() + i * kMaskBytes : nullptr);
+      slopes(p + i * kKeys, dp + i * kKeys, padded, delta[i], op, op.drop.on ? w.bits.get() + i * kMaskBytes : nullptr);
     float* const dv = w.dv.get() + j0 * w.width;
     float* const dk = w.dk.get() + j0 * w.width;
     multiply(p, 1, kKeys, w.dout.get(), w.width, n, w.width, rows, dv, w.width, true);
