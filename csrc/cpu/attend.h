@@ -136,6 +136,8 @@ struct Blocks {
         k_row(count * kKeys * width),
         v_row(count * kKeys * width) {}
   int64_t size(int64_t block) const { return n - block * kKeys < kKeys ? n - block * kKeys : kKeys; }
+  // The keys of a block as columns in whole vectors; those behind the last key are zero.
+  int64_t padded(int64_t block) const { return round_up(size(block), kLanes); }
   const float* k_columns(int64_t block) const { return k_cols.get() + block * kKeys * d; }
   const float* v_columns(int64_t block) const { return v_cols.get() + block * kKeys * d; }
   const float* k_rows(int64_t block) const { return k_row.get() + block * kKeys * width; }
@@ -155,11 +157,11 @@ struct Blocks {
     const T *first = prefix.at<const T>(b, h), *rest = text.at<const T>(b, h);
     for (int64_t j = 0; j < op.t; ++j) load_row(first + j * prefix.row, d, width, to + j * width);
     for (int64_t j = 0; j < op.l; ++j) load_row(rest + j * text.row, d, width, to + (op.t + j) * width);
-    std::memset(to + n * width, 0, static_cast<size_t>((count * kKeys - n) * width) * sizeof(float));
+    std::memset(to + n * width, 0, static_cast<size_t>((round_up(n, kLanes) - n) * width) * sizeof(float));
   }
   void columns(const float* rows, float* to) const {
     for (int64_t block = 0; block < count; ++block, rows += kKeys * width, to += kKeys * d)
-      for (int64_t j = 0; j < kKeys; j += kLanes)
+      for (int64_t j = 0; j < padded(block); j += kLanes)
         for (int64_t c = 0; c < d; ++c) {
           vf column;
           for (int i = 0; i < kLanes; ++i) column[i] = rows[(j + i) * width + c];

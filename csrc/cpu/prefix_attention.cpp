@@ -168,7 +168,7 @@ void forward_rows(const Attention& op, const Blocks& keys, int64_t b, int64_t kv
   std::memset(w.o.get(), 0, static_cast<size_t>(rows * w.width) * sizeof(float));
   const Rows at(op, b, kvh, row, rows);
   for (int64_t block = 0; block < keys.count; ++block) {
-    const int64_t j0 = block * kKeys, n = keys.size(block), padded = round_up(n, kLanes);
+    const int64_t j0 = block * kKeys, n = keys.size(block), padded = keys.padded(block);
     if (at.hidden(j0, n)) continue;
     multiply(w.q.get(), w.width, 1, keys.k_columns(block), kKeys, rows, padded, op.d, w.p.get(), kKeys, false,
              op.scale);
@@ -234,7 +234,7 @@ void backward_rows(const Attention& op, const Blocks& keys, int64_t b, int64_t k
   float *const p = w.p.get(), *const dp = w.dp.get(), *const dq = w.o.get();
   std::memset(dq, 0, static_cast<size_t>(rows * w.width) * sizeof(float));
   for (int64_t block = 0; block < keys.count; ++block) {
-    const int64_t j0 = block * kKeys, n = keys.size(block), padded = round_up(n, kLanes);
+    const int64_t j0 = block * kKeys, n = keys.size(block), padded = keys.padded(block);
     if (at.hidden(j0, n)) continue;
     multiply(w.q.get(), w.width, 1, keys.k_columns(block), kKeys, rows, padded, op.d, p, kKeys, false, op.scale);
     multiply(w.dout.get(), w.width, 1, keys.v_columns(block), kKeys, rows, padded, op.d, dp, kKeys, false);
