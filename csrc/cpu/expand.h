@@ -114,18 +114,26 @@ void expand_tile(const Lane* small, int64_t lds, int64_t rows, const PanelPack<L
     for (int v = 0; v < kTileVecs; ++v) acc[i][v] = vf{};
   }
   tile<Lane, ROWS>(pointers, 1, Packed<Lane>{w.at(panel), kPanel}, w.depth, acc);
+  auto each = [&](auto f) {
 #pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i) {
-    if (i >= rows) break;
+    for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVecs; ++v) {
-      const int64_t c = c0 + v * kLanes;
-      // Bias and base last: every one of many small terms added to a large one would be rounded at its size.
-      vf value = acc[i][v] + to.first(c);
-      if constexpr (MASKED) value = keep(value, lane_bits(to.bits + i * to.ldb, c - to.mask_c0));
+      for (int v = 0; v < kTileVecs; ++v) f(acc[i][v], i, c0 + v * kLanes);
+  };
+  // Bias and base last: every one of many small terms added to a large one would be rounded at its size.
+  if (to.bias && !to.scale) each([&](vf& value, int, int64_t c) { value += load(to.bias + c); });
+  if constexpr (MASKED)
+    each([&](vf& value, int i, int64_t c) { value = keep(value, lane_bits(to.bits + i * to.ldb, c - to.mask_c0)); });
+  if (rows >= ROWS && c0 + kPanel <= cols) {
+    if (to.base) each([&](vf& value, int i, int64_t c) { value += load(to.base + i * to.ldbase + c); });
+    if (to.scale) each([&](vf& value, int, int64_t c) { value = to.last(value, c); });
+    each([&](vf& value, int i, int64_t c) { store(to.out + i * to.ldo + c, value); });
+  } else {
+    each([&](vf& value, int i, int64_t c) {
+      if (i >= rows) return;
       if (to.base) value += load_columns(to.base + i * to.ldbase, c, cols);
       store_columns(to.out + i * to.ldo, to.last(value, c), c, cols);
-    }
+    });
   }
 }
 

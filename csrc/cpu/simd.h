@@ -147,16 +147,18 @@ PEFTKERN_INLINE void store_part(T* p, vf v, int64_t n) {
 
 // ---- dropout masks, one bit an element, lowest bit first
 
-// The keep bits of the lane-aligned column c.
+// The keep bits of the lane-aligned column c, lowest first; there may be others above them.
 PEFTKERN_INLINE uint32_t lane_bits(const uint8_t* bits, int64_t c) {
 #if PEFTKERN_LEVEL >= 2
   uint16_t b;
   __builtin_memcpy(&b, bits + c / 8, sizeof b);
   return b;
 #elif PEFTKERN_LEVEL == 1
-  return bits[c / 8];
+  uint32_t b;  // a whole word, which one load brings to all lanes
+  __builtin_memcpy(&b, bits + c / 8, sizeof b);
+  return b;
 #else
-  return static_cast<uint32_t>(bits[c / 8] >> (c % 8)) & 0xfu;
+  return static_cast<uint32_t>(bits[c / 8] >> (c % 8));
 #endif
 }
 // v where the bit is set, else 0 (also where v is not finite, as a select and not as a product).

@@ -13,7 +13,7 @@ namespace peftkern::PEFTKERN_ISA {
 namespace {
 
 // Accumulators held in registers: 24 of 32 with AVX-512, 12 of 16 below.
-constexpr int kDotRows = 3;
+constexpr int kDotRows = PEFTKERN_LEVEL >= 2 ? 3 : 2;
 constexpr int kDotCols = PEFTKERN_LEVEL >= 2 ? 8 : 4;
 constexpr int kTileRows = PEFTKERN_LEVEL >= 2 ? 8 : 4;
 constexpr int kTileVecs = 3;
