@@ -57,11 +57,12 @@ struct ExpandTo {
   const T* base;
   int64_t ldbase;
   const float* bias;    // [panels * kPanel] or null
-  const uint8_t* bits;  // of column mask_c0 on, or null
+  const uint8_t* bits;  // of column mask_c0 on, readable for whole tiles of rows, or null
   int64_t ldb;
   int64_t mask_c0;
   const float* scale = nullptr;  // [panels * kPanel] or null
-  PEFTKERN_INLINE vf first(int64_t c) const { return bias && !scale ? load(bias + c) : vf{}; }
+  PEFTKERN_INLINE bool bias_first() const { return bias && !scale; }
+  PEFTKERN_INLINE vf first(int64_t c) const { return bias_first() ? load(bias + c) : vf{}; }
   PEFTKERN_INLINE vf last(vf value, int64_t c) const {
     if (!scale) return value;
     return bias ? value * load(scale + c) + load(bias + c) : value * load(scale + c);
@@ -121,9 +122,10 @@ void expand_tile(const Lane* small, int64_t lds, int64_t rows, const PanelPack<L
       for (int v = 0; v < kTileVecs; ++v) f(acc[i][v], i, c0 + v * kLanes);
   };
   // Bias and base last: every one of many small terms added to a large one would be rounded at its size.
-  if (to.bias && !to.scale) each([&](vf& value, int, int64_t c) { value += load(to.bias + c); });
+  if (to.bias_first()) each([&](vf& value, int, int64_t c) { value += to.first(c); });
   if constexpr (MASKED)
     each([&](vf& value, int i, int64_t c) { value = keep(value, lane_bits(to.bits + i * to.ldb, c - to.mask_c0)); });
+  // Whole tiles apart, each option tested once: a branch per vector took as long as the products of a small depth.
   if (rows >= ROWS && c0 + kPanel <= cols) {
     if (to.base) each([&](vf& value, int i, int64_t c) { value += load(to.base + i * to.ldbase + c); });
     if (to.scale) each([&](vf& value, int, int64_t c) { value = to.last(value, c); });

@@ -8,6 +8,8 @@ constexpr int64_t kFewRows = 48;  // packing A and B costs about as much as the 
 
 bool is_few(const MultiLowRank& op, const Adapter& adapter) { return adapter.count <= kFewRows && !op.drop.on; }
 
+constexpr int kFewDots = 3;  // rows that meet 4 of A at a time: nothing is masked, so that 12 accumulators fit anywhere
+
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T, class P, int ROWS, bool WHOLE>
@@ -49,11 +51,11 @@ void shrink_few(const MultiLowRank& op, const Adapter& adapter, int64_t r0) {
   for (int j = 0; j < 4; ++j) a[j] = adapter.a.as<const P>() + least(r0 + j, adapter.r - 1) * op.k;
   const int64_t ranks = least(4, adapter.r - r0);
   const int64_t* order = op.order + adapter.begin;
-  for (int64_t i = 0; i < adapter.count; i += kDotRows) {
-    const int64_t rows = least(kDotRows, adapter.count - i);
-    v4 sums[kDotRows];
-    if (rows == kDotRows)
-      dots<T, P, kDotRows>(op, order + i, a, sums);
+  for (int64_t i = 0; i < adapter.count; i += kFewDots) {
+    const int64_t rows = least(kFewDots, adapter.count - i);
+    v4 sums[kFewDots];
+    if (rows == kFewDots)
+      dots<T, P, kFewDots>(op, order + i, a, sums);
     else if (rows == 2)
       dots<T, P, 2>(op, order + i, a, sums);
     else

@@ -12,7 +12,8 @@
 namespace peftkern::PEFTKERN_ISA {
 namespace {
 
-// Accumulators held in registers: 24 of 32 with AVX-512, 12 of 16 below.
+// Accumulators held in registers: 24 of 32 with AVX-512, 12 of 16 below, but 8 in shrink: with its rows, its mask and a
+// row of `small` beside 12, one goes to the stack and back at every step.
 constexpr int kDotRows = PEFTKERN_LEVEL >= 2 ? 3 : 2;
 constexpr int kDotCols = PEFTKERN_LEVEL >= 2 ? 8 : 4;
 constexpr int kTileRows = PEFTKERN_LEVEL >= 2 ? 8 : 4;
