@@ -69,11 +69,12 @@ def check(folder: Path, device: str, seconds: float, job: dict[str, Any] | None 
         return {"outcome": "not run", "summary": why, "failures": [], "seconds": 0.0}
     print("correctness tests ...", file=sys.stderr, flush=True)
     begin = time.time()
-    shards = max(1, min(6, (os.cpu_count() or 1) // 3)) if device == "cuda" else 1
+    shards = max(1, min(10, (os.cpu_count() or 1) * 2 // 3)) if device == "cuda" else 1
     with tempfile.TemporaryDirectory() as scratch:
         reports = [Path(scratch) / f"{index}.jsonl" for index in range(shards)]
         processes = [_pytest(folder, device, f"{index}/{shards}", report) for index, report in enumerate(reports)]
-        helpers = [_warm(job, index, shards) for index in range(shards if job is not None else 0)]
+        count = -(-shards // 2) if job is not None else 0
+        helpers = [_warm(job, index, count) for index in range(count)]
         codes = [_wait(process, begin + seconds) for process in processes]
         for process in helpers:
             _wait(process, begin + seconds)

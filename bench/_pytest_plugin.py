@@ -66,7 +66,7 @@ class _Report:
             why = report.longrepr[2].removeprefix("Skipped: ")
         elif report.failed:
             why = _words(report.longrepr)
-        self._say(test=report.nodeid, outcome=report.outcome, why=why)
+        self._say(test=report.nodeid, outcome=report.outcome, why=why, seconds=round(report.duration, 2))
 
     def _say(self, **line: Any) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -74,7 +74,7 @@ class _Report:
 
 
 def _words(representation: Any) -> str:
-    """The line of a traceback that says what went wrong."""
+    """The lines of a traceback that say what went wrong."""
     lines = str(representation).splitlines()
-    told = [line for line in lines if line.startswith("E")]
-    return (told or lines[-1:] or [""])[0].removeprefix("E").strip()[:300]
+    told = [line.removeprefix("E").strip() for line in lines if line.startswith("E")]
+    return " / ".join((told or lines[-1:])[:4])[:400]

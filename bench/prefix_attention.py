@@ -97,7 +97,7 @@ def _ours(t: dict[str, Tensor], s: Shape) -> Runner:
     def run() -> Tensor:
         return ops.prefix_attention(**leaves, mask=t.get("mask"), causal=s.kind == "causal")  # type: ignore[arg-type]
 
-    backend = dispatch.choose("prefix_attention", t["q"].device, s.dtype, D=s.d)
+    backend = dispatch.choose("prefix_attention", t["q"].device, s.dtype, D=s.d, S=s.s, plain=True)
     return _runner(run, leaves, t, s, backend)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ._common import dot, keep_mask, load_rows, round_to, row_keys
+from ._common import dot, keep_mask_at, load_rows, round_to, row_keys
 
 
 class Tile(NamedTuple):
@@ -146,7 +146,7 @@ def walk(
         p = tl.exp(s - higher[:, None])
         total = total * fade + tl.sum(p, 1)
         if DROPOUT:
-            p = tl.where(keep_mask(key1, key2, first_column + offs_n, threshold), p, 0.0)
+            p = tl.where(keep_mask_at(key1, key2, first_column + offs_n, threshold), p, 0.0)
         acc = dot(p, v, acc * fade[:, None], PRECISION)
         top = higher
     return acc, top, total
@@ -158,7 +158,7 @@ def weights_and_slopes(s, top, inv_sum, dp, delta, key1, key2, columns, inv_keep
     p = tl.exp(s - top[:, None]) * inv_sum[:, None]
     dropped = p
     if DROPOUT:
-        keep = keep_mask(key1, key2, columns, threshold)
+        keep = keep_mask_at(key1, key2, columns, threshold)
         dropped = tl.where(keep, p * inv_keep, 0.0)
         dp = tl.where(keep, dp * inv_keep, 0.0)
     return dropped, p * (dp - delta[:, None])

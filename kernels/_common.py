@@ -24,45 +24,77 @@ _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "
 
 
 @triton.jit
-def row_keys(seed_ptr, rows):
-    """Two uint32 keys per row: splitmix64 of (seed, row), each already folded as `keep_mask` needs it.
-
-    x ^ (x >> n) is linear over xor, so the row's part of it is computed once per row, not once per element.
-    """
+def _row_hash(seed_ptr, rows):
+    """splitmix64 of (seed, row), uint64."""
     z = tl.load(seed_ptr).to(tl.uint64) + (rows.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    z = z ^ (z >> 31)
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def row_keys(seed_ptr, rows, DROPOUT: tl.constexpr = 1):
+    """Two uint32 keys per row: the halves of `_row_hash`, each already folded as `_pair_hash` needs it.
+
+    x ^ (x >> n) is linear over xor, so the row's part of it is computed once per row, not once per element.
+    DROPOUT 2: seed_ptr is what `hash_rows` made, read instead of computed: 64-bit products cost as much as the rest.
+    """
+    if DROPOUT == 2:
+        z = tl.load(seed_ptr + rows).to(tl.uint64)
+    else:
+        z = _row_hash(seed_ptr, rows)
     key1 = z.to(tl.uint32)
     key2 = (z >> 32).to(tl.uint32)
     return key1 ^ (key1 >> 16), key2 ^ (key2 >> 15)
 
 
 @triton.jit
-def keep_mask(key1, key2, cols, threshold):
-    """[rows, cols] bool, True where dropout keeps the element. `threshold` is int32 bits of a uint32.
+def hash_rows_kernel(seed_ptr, out_ptr, BLOCK: tl.constexpr):
+    """out[m] = `_row_hash` of row m."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + rows, _row_hash(seed_ptr, rows).to(tl.int64))
 
-    One hash serves a pair of columns. The half that is the column's is moved to the top, where it meets the threshold;
-    the bits below it decide nothing, because the threshold's are zero.
-    """
-    c = cols.to(tl.uint32)
-    lift = (1 - (c & 1)) * 16
-    c = c >> 1
-    c = c ^ (c >> 16)
+
+@triton.jit
+def _pair_hash(key1, key2, pair):
+    """[rows, pairs] uint32: the bits that decide about columns 2 * pair (low half) and 2 * pair + 1 (high half)."""
+    c = pair ^ (pair >> 16)
     x = (c[None, :] ^ key1[:, None]) * 0x21F0AAAD
     x = x ^ (x >> 15) ^ key2[:, None]
     x = x * 0xD35A2D97
-    x = (x ^ (x >> 15)) << lift[None, :]
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def keep_mask(key1, key2, cols, threshold):
+    """[rows, cols] bool, True where dropout keeps the element. `threshold` is int32 bits of a uint32.
+
+    One hash serves a pair of columns: cols are consecutive, from an even one. The half that is the column's is moved to
+    the top, where it meets the threshold; the bits below it decide nothing, because the threshold's are zero.
+    """
+    pairs: tl.constexpr = cols.shape[0] // 2
+    pair = tl.min(tl.reshape(cols.to(tl.uint32), [pairs, 2]), axis=1) >> 1
+    x = _pair_hash(key1, key2, pair)
+    limit = threshold.to(tl.uint32)
+    return tl.interleave((x << 16) >= limit, x >= limit)
+
+
+@triton.jit
+def keep_mask_at(key1, key2, cols, threshold):
+    """The same for any columns, a hash for each."""
+    c = cols.to(tl.uint32)
+    x = _pair_hash(key1, key2, c >> 1) << ((1 - (c & 1)) * 16)[None, :]
     return x >= threshold.to(tl.uint32)
 
 
 class Dropout(NamedTuple):
-    """Launch arguments of dropout: `enabled` is a constexpr, `threshold` int32 bits, `inv_keep` = 1 / (1 - p).
+    """Launch arguments of dropout: `mode` is a constexpr, `threshold` int32 bits, `inv_keep` = 1 / (1 - p).
 
-    p is a multiple of 2⁻¹⁶, the nearest; the threshold is its 16 bits above 16 zeros.
+    p is a multiple of 2⁻¹⁶, the nearest; the threshold is its 16 bits above 16 zeros. mode: 0 none, 1 `seed` is the
+    seed, 2 `seed` holds what `row_keys` reads for each row.
     """
 
-    enabled: bool
+    mode: int
     threshold: int
     inv_keep: float
     seed: torch.Tensor | None
@@ -71,14 +103,14 @@ class Dropout(NamedTuple):
 def dropout_args(p: float, seed: torch.Tensor | None) -> Dropout:
     """Launch arguments for probability p in [0, 1) and an int64 seed tensor on the device (never read by the host)."""
     if p == 0.0:
-        return Dropout(False, 0, 1.0, None)
+        return Dropout(0, 0, 1.0, None)
     if not 0.0 < p < 1.0:
         raise ValueError(f"p must be in [0, 1), got {p}")
     if seed is None:
         raise ValueError(f"dropout with p={p} needs a seed tensor, got None")
     dropped = min(int(p * 2**16 + 0.5), 2**16 - 1)
     threshold = dropped << 16
-    return Dropout(True, threshold - 2**32 if threshold >= 2**31 else threshold, 2**16 / (2**16 - dropped), seed)
+    return Dropout(1, threshold - 2**32 if threshold >= 2**31 else threshold, 2**16 / (2**16 - dropped), seed)
 
 
 # ---- loads -----------------------------------------------------------------------------------------------------------
@@ -115,23 +147,23 @@ def _mma(a, b, acc):
 
 
 @triton.jit
-def _dot_split(a, b, acc, ORDER: tl.constexpr):
-    # An f32 is a sum of three bf16 (8 + 8 + 8 bits), an f16 of two. Products of bf16 are exact in f32, so the terms
-    # i + j <= ORDER give 2^-16 (ORDER 1) or f32 accuracy (ORDER 2) at bf16 speed: 3 dots for bf16 x f32.
+def _dot_split(a, b, acc, THREE: tl.constexpr):
+    # f32 as the sum of two bf16, 8 + 8 bits, or of THREE; products of bf16 are exact in f32. What is left out is 2^-16
+    # of the product, or 2^-24.
     a0 = round_to(a, tl.bfloat16)
     b0 = round_to(b, tl.bfloat16)
     if a.dtype != tl.bfloat16:
         a_rest = a.to(tl.float32) - a0.to(tl.float32)
         a1 = round_to(a_rest, tl.bfloat16)
-        if ORDER == 2 and a.dtype == tl.float32:
+        if THREE and a.dtype == tl.float32:
             acc = _mma(round_to(a_rest - a1.to(tl.float32), tl.bfloat16), b0, acc)
         acc = _mma(a1, b0, acc)
     if b.dtype != tl.bfloat16:
         b_rest = b.to(tl.float32) - b0.to(tl.float32)
         b1 = round_to(b_rest, tl.bfloat16)
-        if ORDER == 2 and b.dtype == tl.float32:
+        if THREE and b.dtype == tl.float32:
             acc = _mma(a0, round_to(b_rest - b1.to(tl.float32), tl.bfloat16), acc)
-        if ORDER == 2 and a.dtype != tl.bfloat16:
+        if THREE and a.dtype != tl.bfloat16:
             acc = _mma(a1, b1, acc)
         acc = _mma(a0, b1, acc)
     return _mma(a0, b0, acc)
@@ -139,40 +171,44 @@ def _dot_split(a, b, acc, ORDER: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in f32; PRECISION is one of `Precision`'s names, a and b of any of f32, bf16, f16."""
+    """acc + a @ b in f32; PRECISION is one that `precision` names, a and b of any of f32, bf16, f16.
+
+    "split3" is "split" to the last bit of f32, for sums that cancel.
+    """
     if PRECISION == "bf16":
         acc = _mma(round_to(a, tl.bfloat16), round_to(b, tl.bfloat16), acc)
     elif PRECISION == "fp16":
         acc = _mma(round_to(a, tl.float16), round_to(b, tl.float16), acc)
-    elif PRECISION == "split3":
-        acc = _dot_split(a, b, acc, 2)
-    elif PRECISION == "split2":
-        acc = _dot_split(a, b, acc, 1)
+    elif PRECISION == "split" or PRECISION == "split3":
+        acc = _dot_split(a, b, acc, PRECISION == "split3")
     else:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
     return acc
 
 
-class Precision(NamedTuple):
-    """How products are taken: `wide` where the result stays f32, `narrow` where it is rounded to x's dtype.
+@triton.jit
+def long_dot(a, b, acc, PRECISION: tl.constexpr):
+    """The same as one of many terms of an f32 result: each is summed by itself, then added.
+
+    Tensor cores cut off what f32 units round, and one chain of thousands of roundings errs more than many short ones.
+    """
+    if PRECISION == "split" or PRECISION == "ieee":
+        acc += dot(a, b, tl.zeros_like(acc), PRECISION)
+    else:
+        acc = dot(a, b, acc, PRECISION)
+    return acc
+
+
+def precision(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
+    """How products of x and weights of these dtypes are taken.
 
     "bf16" / "fp16": operands in that type (x and weights share it, as torch would do).
     "ieee" / "tf32": x is f32; tf32 only when torch itself is allowed to use it.
-    "split3" / "split2": weights of another type than 16-bit x; see `_dot_split`.
+    "split": 16-bit x with weights of another type, to 2^-16 of the product: 1/128 of what bf16 rounds x by.
     """
-
-    wide: str
-    narrow: str
-
-
-def precision(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> Precision:
-    """The products' precision for x and weights of these dtypes."""
     if x_dtype == torch.float32:
-        name = "tf32" if torch.version.hip is None and _tf32_allowed() else "ieee"
-        return Precision(name, name)
-    if x_dtype == weight_dtype:
-        return Precision(_TRITON_NAMES[x_dtype], _TRITON_NAMES[x_dtype])
-    return Precision("split3", "split2")
+        return "tf32" if torch.version.hip is None and _tf32_allowed() else "ieee"
+    return _TRITON_NAMES[x_dtype] if x_dtype == weight_dtype else "split"
 
 
 def _tf32_allowed() -> bool:

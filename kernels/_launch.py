@@ -6,13 +6,31 @@ import torch
 import triton
 from torch import Tensor
 
-from ._common import Dropout
+from ._common import Dropout, hash_rows_kernel
 from ._device import device_of, launch
 from ._passes import column_kernel, expand_kernel, reduce_kernel, row_kernel
 from ._tiles import row_block_m, tile
 
-#: Splits of the columns in the row pass at most: each reads and writes M * R more.
+#: Splits of the columns in the row pass at most.
 MAX_COLUMN_SPLITS = 16
+#: Programs of the row pass that a multiprocessor should have: the dropout hash keeps one of four warps waiting.
+_ROW_PROGRAMS = 3
+
+
+#: Elements from which rows are hashed once, for all tiles of a row: a launch costs more than the hashes of fewer.
+_HASH_ROWS = 1 << 22
+#: Rows of the largest tile, which may reach beyond the last row.
+_MOST_ROWS = 256
+
+
+def hash_rows(x: Tensor, drop: Dropout) -> Dropout:
+    """The same dropout on the rows of x [M, C], prepared for passes that walk down the rows."""
+    if drop.seed is None or x.numel() < _HASH_ROWS:
+        return drop
+    blocks = triton.cdiv(x.shape[0], _MOST_ROWS)
+    hashes = torch.empty(blocks * _MOST_ROWS, dtype=torch.int64, device=x.device)
+    launch(hash_rows_kernel, (blocks,), drop.seed, hashes, BLOCK=_MOST_ROWS, num_warps=4)
+    return drop._replace(mode=2, seed=hashes)
 
 
 def row_pass(
@@ -39,7 +57,10 @@ def row_pass(
     blocks_m, blocks_r, blocks_k = triton.cdiv(m, block_m), triton.cdiv(r, t.block_r), triton.cdiv(k, t.block_c)
     splits = 1
     if may_split:
-        splits = max(1, min(processors // (blocks_m * blocks_r), blocks_k // 4, MAX_COLUMN_SPLITS))
+        # Partials (8 R bytes per split and row) cost at most a quarter of reading x, unless processors were idle.
+        affordable = max(k * x.element_size() // (32 * r), processors // (blocks_m * blocks_r))
+        wanted = _ROW_PROGRAMS * processors // (blocks_m * blocks_r)
+        splits = max(1, min(wanted, affordable, blocks_k // 4, MAX_COLUMN_SPLITS))
     per_split = triton.cdiv(blocks_k, splits)
     splits = triton.cdiv(blocks_k, per_split)
     out = torch.empty((splits, m, r), dtype=torch.float32, device=x.device)
@@ -47,10 +68,19 @@ def row_pass(
         row_kernel, (blocks_m, blocks_r, splits),
         x, w, bias if splits == 1 else None, pre, out, drop.seed,
         m, k, r, x.stride(0), w.stride(0), w.stride(1), per_split, float(factor), drop.threshold,
-        ACT=act, DROPOUT=drop.enabled, PRECISION=precision, BLOCK_M=block_m, BLOCK_K=t.block_c, BLOCK_R=t.block_r,
+        ACT=act, DROPOUT=drop.mode, PRECISION=precision, BLOCK_M=block_m, BLOCK_K=t.block_c, BLOCK_R=t.block_r,
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
     return out
+
+
+def sum_splits(partial: Tensor) -> Tensor:
+    """partial [splits, M, R] f32 -> their sum [M, R]."""
+    if partial.shape[0] == 1:
+        return partial[0]
+    total = torch.empty(partial.shape[1:], dtype=torch.float32, device=partial.device)
+    reduce_pass(partial.view(partial.shape[0], -1), [total])
+    return total
 
 
 def expand_pass(
@@ -70,7 +100,7 @@ def expand_pass(
     """out [M, N] = base + drop(factor * (act(h) w + bias)) for h [splits, M, R] -> h [M, R], summed over splits.
 
     w [R, N] by any strides; base [M, N] by any row stride, may be out itself. h_bias [R] is added only where the row
-    pass left it out. With scale and shift [N] f32, and no dropout: out = scale * (base + factor * ...) + shift.
+    pass left it out. With scale, shift [N] f32, and no dropout: out = scale * (base + factor * ...) + shift.
     """
     splits, m, r = h.shape
     n = out.shape[1]
@@ -81,7 +111,7 @@ def expand_pass(
         h, h_bias if splits > 1 else None, h_out, w, bias, base, scale, shift, out, drop.seed,
         m, n, r, w.stride(0), w.stride(1), 0 if base is None else base.stride(0), splits,
         float(factor), drop.inv_keep, drop.threshold,
-        ACT=act, DROPOUT=drop.enabled, PRECISION=precision, BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
+        ACT=act, DROPOUT=drop.mode, PRECISION=precision, BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
     return h.view(m, r) if h_out is None else h_out
@@ -91,14 +121,16 @@ class Gradients:
     """f32 gradients of several column passes over the same rows, summed over row splits at the end.
 
     With one split the passes write the outputs themselves; else a workspace [splits, sum of sizes], which `finish`
-    sums in order. `columns` are the widths of the passes: together with the splits they fill the device.
+    sums in order. `columns` are the widths of the passes: together with the splits they fill the device. op: as in
+    `row_pass`.
     """
 
     def __init__(
-        self, src: Tensor, columns: list[int], shapes: list[tuple[int, ...]], precision: str, rank: int
+        self, src: Tensor, columns: list[int], shapes: list[tuple[int, ...]], precision: str, rank: int, op: str = ""
     ) -> None:
         device = device_of(src)
-        t = tile("column", precision, rank, device.arch)
+        self.op = op
+        t = tile(f"{op}/column", precision, rank, device.arch)
         rows = src.shape[0]
         blocks = triton.cdiv(min(columns), t.block_c) * triton.cdiv(rank, t.block_r)
         blocks_m = triton.cdiv(rows, t.block_m)
@@ -136,34 +168,29 @@ def column_pass(
     g: Tensor,
     grads: Gradients,
     drop: Dropout,
-    precision: tuple[str, str],
-    grad: Tensor | None = None,
-    grad_strides: tuple[int, int] = (0, 0),
+    precision: str,
+    grad: Tensor,
+    grad_strides: tuple[int, int],
     grad_factor: float = 1.0,
     src_sum: Tensor | None = None,
     g_sum: Tensor | None = None,
-    w: Tensor | None = None,
-    base: Tensor | None = None,
-    out: Tensor | None = None,
     other: Tensor | None = None,
     act: str = "",
 ) -> None:
-    """Weight gradient grad = grad_factor * act(g)^T drop(src) and input gradient out = base + drop(g w) in one pass.
+    """Weight gradient grad = grad_factor * act(g)^T drop(src), and column sums.
 
     other [M, C]: src_sum is then that of src * other, without grad_factor.
-    src [M, C] · g [M, R] f32 · grad, src_sum [C], g_sum [R]: slots of `grads.partials`, grad by (R, C) strides
-    · w [R, C] with base and out [M, C] only where `_tiles.dx_rides_along`.
+    src [M, C] · g [M, R] f32 · grad, src_sum [C], g_sum [R]: slots of `grads.partials`, grad by (R, C) strides.
     """
     (m, c), r = src.shape, g.shape[1]
-    t = tile("column", precision[0], r, device_of(g).arch)
+    t = tile(f"{grads.op}/column", precision, r, device_of(g).arch)
     blocks_r = triton.cdiv(r, t.block_r)
     launch(
         column_kernel, (triton.cdiv(c, t.block_c), blocks_r, grads.splits),
-        src, g, w, base, out, other, grad, src_sum, g_sum, drop.seed,
-        m, c, r, src.stride(0), 0 if base is None else base.stride(0), 0 if other is None else other.stride(0),
-        *grad_strides,
-        grads.size, grads.rows_per_split, float(grad_factor), drop.inv_keep, drop.threshold,
-        ACT=act, DROPOUT=drop.enabled, PRECISION=precision[0], OUT_PRECISION=precision[1],
+        src, g, other, grad, src_sum, g_sum, drop.seed,
+        m, c, r, src.stride(0), 0 if other is None else other.stride(0), *grad_strides,
+        grads.size, grads.rows_per_split, float(grad_factor), drop.threshold,
+        ACT=act, DROPOUT=drop.mode, PRECISION=precision,
         BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r,
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip

@@ -4,7 +4,7 @@ row pass     out[m, r] = sum_c drop(x)[m, c] w[r, c]                          re
 expand pass  out[m, n] = base[m, n] + drop(factor (act(h) w + bias))[m, n]    reads base, writes out; on the way also
              out[m, n] = scale[n] out[m, n] + shift[n]
 column pass  grad[r, c] = sum_m g[m, r] drop(src)[m, c]                       reads src; on the way also
-             out[m, c] = base[m, c] + drop(g w)[m, c], column sums of src (or src * other) and g
+             column sums of src (or src * other) and g
 reduce       sums of partial gradients over the row splits, in a fixed order: no atomics, so always the same bits
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import activation, activation_grad, dot, keep_mask, round_to, row_keys
+from ._common import activation, activation_grad, dot, keep_mask, long_dot, round_to, row_keys
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def accumulate_rows(
     x_rows = x_ptr + offs_m.to(tl.int64) * stride_xm
     w_rows = w_ptr + offs_r.to(tl.int64) * stride_wr
     if DROPOUT:
-        key1, key2 = row_keys(seed_ptr, offs_m)
+        key1, key2 = row_keys(seed_ptr, offs_m, DROPOUT)
     for block in range(block_start, block_end):
         offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
@@ -55,7 +55,7 @@ def accumulate_rows(
         w = tl.load(w_tile, mask=mask_k[:, None] & (offs_r < R)[None, :], other=0.0)
         if DROPOUT:
             x = tl.where(keep_mask(key1, key2, offs_k, threshold), x, 0.0)
-        acc = dot(x, w, acc, PRECISION)
+        acc = long_dot(x, w, acc, PRECISION)
     return acc
 
 
@@ -191,7 +191,7 @@ def expand_kernel(
 ):
     """out = base + drop(factor * (act(h) w + bias)), w[r, n] by strides; h is summed over its splits and kept.
 
-    scale [N] (with no dropout): out = scale * out + shift, shift [N] or none; both f32.
+    scale, shift [N] f32 or none (with no dropout): out = scale * out + shift.
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     pid_n = tl.program_id(1)
@@ -212,11 +212,11 @@ def expand_kernel(
         scale = tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
         acc *= scale
         base = base.to(tl.float32) * scale
-        if shift_ptr is not None:
-            base += tl.load(shift_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
+    if shift_ptr is not None:
+        base = base.to(tl.float32) + tl.load(shift_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
     key1, key2 = offs_m, offs_m
     if DROPOUT:
-        key1, key2 = row_keys(seed_ptr, offs_m)
+        key1, key2 = row_keys(seed_ptr, offs_m, DROPOUT)
     store_expanded(acc, base, bias_ptr, out_ptr, key1, key2, offs_m, offs_n, M, N, factor, inv_keep, threshold, DROPOUT)
 
 
@@ -224,9 +224,6 @@ def expand_kernel(
 def column_kernel(
     src_ptr,
     g_ptr,
-    w_ptr,
-    base_ptr,
-    out_ptr,
     other_ptr,
     grad_ptr,
     src_sum_ptr,
@@ -236,28 +233,25 @@ def column_kernel(
     C,
     R,
     stride_srcm,
-    stride_basem,
     stride_otherm,
     stride_gradr,
     stride_gradc,
     stride_split,
     rows_per_split,
     grad_factor,
-    out_factor,
     threshold,
     ACT: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
-    OUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Gradient of a weight over one split of the rows and, with w [R, C], the input gradient of the same tile.
+    """Gradient of a weight over one split of the rows.
 
     grad[r, c] = grad_factor * sum_m act(g)[m, r] drop(src)[m, c], by strides, at grad_ptr + split * stride_split;
-    src_sum[c] = grad_factor * sum_m drop(src)[m, c], or with other sum_m (src * other)[m, c]; g_sum[r] = sum_m g[m, r];
-    out[m, c] = base[m, c] + out_factor * drop(g w)[m, c] needs R <= BLOCK_R. A pointer that is None drops its part.
+    src_sum[c] = grad_factor * sum_m drop(src)[m, c], or with other sum_m (src * other)[m, c]; g_sum[r] = sum_m g[m, r].
+    A pointer that is None drops its part.
     """
     pid_c = tl.program_id(0)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -267,9 +261,6 @@ def column_kernel(
     mask_r = offs_r < R
     row_start = tl.program_id(2) * rows_per_split
     row_end = min(row_start + rows_per_split, M)
-    if w_ptr is not None:
-        w_tile = w_ptr + offs_r.to(tl.int64)[:, None] * C + offs_c[None, :]
-        w = tl.load(w_tile, mask=mask_r[:, None] & mask_c[None, :], other=0.0)
     acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     src_sum = tl.zeros((BLOCK_C,), tl.float32)
     g_sum = tl.zeros((BLOCK_R,), tl.float32)
@@ -278,18 +269,12 @@ def column_kernel(
         rows = offs_m.to(tl.int64)[:, None]
         mask_m = offs_m < row_end
         mask = mask_m[:, None] & mask_c[None, :]
-        if grad_ptr is not None:
-            src = tl.load(src_ptr + rows * stride_srcm + offs_c[None, :], mask=mask, other=0.0)
-        if base_ptr is not None:
-            base = tl.load(base_ptr + rows * stride_basem + offs_c[None, :], mask=mask, other=0.0)
+        src = tl.load(src_ptr + rows * stride_srcm + offs_c[None, :], mask=mask, other=0.0)
         g = tl.load(g_ptr + rows * R + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         if DROPOUT:
-            key1, key2 = row_keys(seed_ptr, offs_m)
-            keep = keep_mask(key1, key2, offs_c, threshold)
-        if grad_ptr is not None:
-            if DROPOUT:
-                src = tl.where(keep, src, 0.0)
-            acc = dot(tl.trans(activation(g, ACT)), src, acc, PRECISION)
+            key1, key2 = row_keys(seed_ptr, offs_m, DROPOUT)
+            src = tl.where(keep_mask(key1, key2, offs_c, threshold), src, 0.0)
+        acc = long_dot(tl.trans(activation(g, ACT)), src, acc, PRECISION)
         if src_sum_ptr is not None:
             summed = src.to(tl.float32)
             if other_ptr is not None:
@@ -298,17 +283,9 @@ def column_kernel(
             src_sum += tl.sum(summed, axis=0)
         if g_sum_ptr is not None:
             g_sum += tl.sum(g, axis=0)
-        if w_ptr is not None:
-            out = dot(g, w, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), OUT_PRECISION) * out_factor
-            if DROPOUT:
-                out = tl.where(keep, out, 0.0)
-            if base_ptr is not None:
-                out += base.to(tl.float32)
-            tl.store(out_ptr + rows * C + offs_c[None, :], round_to(out, out_ptr.dtype.element_ty), mask=mask)
-    if grad_ptr is not None:
-        grad_tile = grad_ptr + at_split + offs_r.to(tl.int64)[:, None] * stride_gradr
-        grad_tile += offs_c.to(tl.int64)[None, :] * stride_gradc
-        tl.store(grad_tile, acc * grad_factor, mask=mask_r[:, None] & mask_c[None, :])
+    grad_tile = grad_ptr + at_split + offs_r.to(tl.int64)[:, None] * stride_gradr
+    grad_tile += offs_c.to(tl.int64)[None, :] * stride_gradc
+    tl.store(grad_tile, acc * grad_factor, mask=mask_r[:, None] & mask_c[None, :])
     if src_sum_ptr is not None:
         if tl.program_id(1) == 0:
             if other_ptr is None:

@@ -1,8 +1,9 @@
-"""Tile sizes by architecture and shape class, chosen by counting bytes and registers; nothing is tuned at run time.
+"""Tile sizes by architecture and shape class; nothing is tuned at run time.
 
-Every pass is bound by memory: about 20 kB must be in flight per multiprocessor (latency times bandwidth on H100) and
-every multiprocessor must own a program. f32 products without tf32 run on the FMA units, whose operands live in
-registers, hence the small f32 tiles.
+sm90: the fastest of up to thirty candidates a row on an H200, x [8192, 4096] with dropout (f32: [2048, 4096]).
+Elsewhere by counting bytes and registers: about 20 kB must be in flight per multiprocessor (latency times bandwidth on
+H100), every multiprocessor must own a program, and f32 products without tf32 run on the FMA units, whose operands live
+in registers, hence the small f32 tiles.
 """
 
 from __future__ import annotations
@@ -57,9 +58,17 @@ _OVERRIDES: dict[tuple[str, str, str], _Rows] = {
     ("sm80", "column", "half"): {64: (32, 64, 64, 8, 2), 128: (32, 32, 128, 8, 2)},
     ("sm80", "column", "split"): {64: (32, 32, 64, 4, 2)},
     ("sm80", "column", "float"): {64: (32, 64, 64, 8, 2), 128: (32, 32, 128, 8, 2)},
-    ("sm90", "column", "split"): {32: (32, 32, 32, 4, 2)},
-    ("sm90", "column", "float"): {64: (32, 32, 64, 4, 2)},
-    ("sm90", "fused", "half"): {64: (64, 128, 64, 8, 3)},
+    ("sm90", "row", "half"): {32: (128, 128, 32, 4, 3), 64: (64, 64, 64, 4, 3)},
+    ("sm90", "row", "split"): {16: (64, 64, 16, 4, 3), 64: (64, 64, 64, 4, 3), 128: (32, 64, 128, 4, 3)},
+    ("sm90", "row", "float"): {16: (64, 128, 16, 4, 3), 64: (64, 64, 64, 4, 3)},
+    ("sm90", "column", "half"): {32: (64, 64, 32, 4, 3), 64: (32, 128, 64, 4, 3)},
+    ("sm90", "column", "split"): {16: (32, 128, 16, 8, 3), 64: (32, 128, 64, 4, 3), 128: (64, 128, 128, 8, 3)},
+    ("sm90", "column", "float"): {16: (32, 64, 16, 8, 2), 64: (32, 32, 64, 4, 2)},
+    ("sm90", "bottleneck/column", "split"): {64: (32, 64, 64, 4, 3)},
+    ("sm90", "dy", "half"): {32: (64, 256, 32, 8, 3)},
+    ("sm90", "dy", "split"): {16: (64, 128, 16, 4, 3)},
+    ("sm90", "fused", "half"): {64: (32, 128, 64, 8, 3)},
+    ("sm90", "fused", "split"): {64: (32, 128, 64, 4, 3)},
     ("sm90", "multi_low_rank/expand", "half"): {64: (64, 128, 32, 8, 2), 128: (64, 64, 32, 8, 2)},
     ("sm80", "weight_norm/expand", "float"): {128: (64, 64, 16, 4, 2)},
     ("sm100", "row", "split"): {16: (64, 32, 16, 4, 4)},
@@ -76,12 +85,8 @@ _OVERRIDES: dict[tuple[str, str, str], _Rows] = {
     ("gfx942", "column", "split"): {32: (32, 64, 32, 4, 2), 128: (32, 32, 128, 4, 2)},
 }
 
-# Largest rank whose weight tile the column pass holds in registers beside its gradient tile, to write dx on the way.
-_MAX_RANK_WITH_DX = {"half": 128, "split": 64, "float": 0}
-
-
 def _kind(precision: str) -> str:
-    return {"bf16": "half", "fp16": "half", "split2": "split", "split3": "split"}.get(precision, "float")
+    return {"bf16": "half", "fp16": "half", "split": "split", "split3": "split"}.get(precision, "float")
 
 
 def padded_rank(rank: int) -> int:
@@ -100,11 +105,6 @@ def tile(name: str, precision: str, rank: int, arch: str) -> Tile:
     rows = _TILES[shared, kind] | _OVERRIDES.get((arch, shared, kind), {}) | _OVERRIDES.get((arch, name, kind), {})
     block_m, block_c, block_r, num_warps, num_stages = rows[min(limit for limit in rows if padded <= limit)]
     return Tile(block_m, block_c, min(padded, block_r), num_warps, num_stages)
-
-
-def dx_rides_along(precision: str, rank: int) -> bool:
-    """Whether the column pass can write the input gradient while it reads x."""
-    return rank <= _MAX_RANK_WITH_DX[_kind(precision)]
 
 
 def row_block_m(rows: int, t: Tile, processors: int) -> int:

@@ -4,7 +4,7 @@ x [M, K], down D [R, K], down_bias [R], up U [N, R], up_bias [N], residual and y
 the weights in one of the same types, independently; products accumulate in f32. The dropout mask over y is regenerated.
 
 forward   one kernel that keeps a tile's latent in registers, or a row and an expand pass: x and residual read once
-backward  row pass over dy (dpre), column pass over dy (d_up), column pass over x (d_down and dx), reduction
+backward  row pass over dy (dpre), column pass over dy (d_up), expand pass (dx), column pass over x (d_down), reduction
 Source of the method: Houlsby et al. 2019 (arXiv:1902.00751), section 2.1.
 """
 
@@ -28,9 +28,9 @@ from ._common import (
     row_keys,
 )
 from ._device import Device, Source, device_of, launch, on_device, sources
-from ._launch import Gradients, column_pass, expand_pass, row_pass
+from ._launch import Gradients, column_pass, expand_pass, hash_rows, row_pass
 from ._passes import accumulate_rows, base_tile, store_expanded
-from ._tiles import MAX_BLOCK_R, dx_rides_along, row_block_m, tile
+from ._tiles import MAX_BLOCK_R, row_block_m, tile
 
 
 def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
@@ -51,14 +51,15 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N] in x's dtype, pre = x D^T + b_d [M, R] f32); act is relu, gelu (exact), silu or tanh."""
-    drop, plain = dropout_args(p, seed), dropout_args(0.0, None)
-    products = precision(x.dtype, down.dtype)
+    plain = dropout_args(0.0, None)
+    product = precision(x.dtype, down.dtype)
     y = torch.empty((x.shape[0], up.shape[0]), dtype=x.dtype, device=x.device)
     with on_device(x):
+        drop = hash_rows(y, dropout_args(p, seed))
         if _one_kernel(x, up.shape[0], up.shape[1]):
             return y, _fused_forward(x, down, down_bias, up, up_bias, residual, y, act, scale, drop)
-        pre = row_pass(x, down, 1.0, plain, products.wide, bias=down_bias, may_split=True)
-        pre = expand_pass(pre, up.T, residual, y, scale, drop, products.narrow, h_bias=down_bias, bias=up_bias, act=act)
+        pre = row_pass(x, down, 1.0, plain, product, bias=down_bias, may_split=True)
+        pre = expand_pass(pre, up.T, residual, y, scale, drop, product, h_bias=down_bias, bias=up_bias, act=act)
     return y, pre
 
 
@@ -79,28 +80,23 @@ def backward(
 
     add_dy adds dy to dx: the residual was x itself, N == K.
     """
-    drop, plain = dropout_args(p, seed), dropout_args(0.0, None)
-    products = precision(x.dtype, down.dtype)
+    plain = dropout_args(0.0, None)
+    product = precision(x.dtype, down.dtype)
     (m, k), (n, r) = x.shape, up.shape
-    factor = scale * drop.inv_keep
     dx = torch.empty((m, k), dtype=x.dtype, device=x.device) if need_dx else None
     with on_device(x):
-        dpre = row_pass(dy, up.T, factor, drop, products.wide, pre=pre, act=act)[0]
-        grads = Gradients(x, [k, n], [(r, k), (r,), (n, r), (n,)], products.wide, r)
+        drop = hash_rows(dy, dropout_args(p, seed))
+        factor = scale * drop.inv_keep
+        dpre = row_pass(dy, up.T, factor, drop, product, pre=pre, act=act)[0]
+        grads = Gradients(x, [k, n], [(r, k), (r,), (n, r), (n,)], product, r, op="bottleneck")
         d_down, d_down_bias, d_up, d_up_bias = grads.partials
         column_pass(
-            dy, pre, grads, drop, products, act=act,
+            dy, pre, grads, drop, product, act=act,
             grad=d_up, grad_strides=(1, r), grad_factor=factor, src_sum=d_up_bias,
         )  # fmt: skip
-        base = dy if add_dy else None
-        fused = dx is not None and dx_rides_along(products.wide, r)
-        if dx is not None and not fused:
-            expand_pass(dpre[None], down, base, dx, 1.0, plain, products.narrow)
-        column_pass(
-            x, dpre, grads, plain, products,
-            grad=d_down, grad_strides=(k, 1), g_sum=d_down_bias,
-            w=down if fused else None, base=base if fused else None, out=dx if fused else None,
-        )  # fmt: skip
+        if dx is not None:
+            expand_pass(dpre[None], down, dy if add_dy else None, dx, 1.0, plain, product)
+        column_pass(x, dpre, grads, plain, product, grad=d_down, grad_strides=(k, 1), g_sum=d_down_bias)
         sums = grads.finish()
     return dx, sums[0], sums[1], sums[2], sums[3]
 
@@ -128,7 +124,6 @@ def fused_kernel(
     ACT: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
-    OUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -149,7 +144,7 @@ def fused_kernel(
     z = activation(pre, ACT)
     key1, key2 = offs_m, offs_m
     if DROPOUT:
-        key1, key2 = row_keys(seed_ptr, offs_m)
+        key1, key2 = row_keys(seed_ptr, offs_m, DROPOUT)
     offs_n = tl.arange(0, BLOCK_N)
     base = base_tile(residual_ptr, stride_residualm, offs_m, offs_n, M, N, BLOCK_M, BLOCK_N)
     for block in range(tl.cdiv(N, BLOCK_N)):
@@ -158,7 +153,7 @@ def fused_kernel(
         next_base = base_tile(residual_ptr, stride_residualm, offs_m, offs_n + BLOCK_N, M, N, BLOCK_M, BLOCK_N)
         up_tile = up_ptr + offs_n.to(tl.int64)[None, :] * R + offs_r[:, None]
         up = tl.load(up_tile, mask=(offs_n < N)[None, :] & mask_r[:, None], other=0.0)
-        acc = dot(z, up, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), OUT_PRECISION)
+        acc = dot(z, up, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
         store_expanded(
             acc, base, up_bias_ptr, y_ptr, key1, key2, offs_m, offs_n, M, N, factor, inv_keep, threshold, DROPOUT
         )
@@ -184,9 +179,9 @@ def _fused_forward(
     drop: Dropout,
 ) -> Tensor:
     (m, k), (n, r) = x.shape, up.shape
-    products = precision(x.dtype, down.dtype)
+    product = precision(x.dtype, down.dtype)
     device = device_of(x)
-    t = tile("fused", products.wide, r, device.arch)
+    t = tile("fused", product, r, device.arch)
     block_m = row_block_m(m, t, device.processors)
     pre = torch.empty((m, r), dtype=torch.float32, device=x.device)
     launch(
@@ -194,7 +189,7 @@ def _fused_forward(
         x, down, down_bias, up, up_bias, residual, y, pre, drop.seed,
         m, k, n, r, x.stride(0), 0 if residual is None else residual.stride(0),
         float(scale), drop.inv_keep, drop.threshold,
-        ACT=act, DROPOUT=drop.enabled, PRECISION=products.wide, OUT_PRECISION=products.narrow,
+        ACT=act, DROPOUT=drop.mode, PRECISION=product,
         BLOCK_M=block_m, BLOCK_K=t.block_c, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip

@@ -3,8 +3,9 @@
 x [M, K], a [R, K], b [N, R], y [M, N]; x, y in f32, bf16 or f16 with any row stride for x and dy; a and b in one of the
 same types, independently; products accumulate in f32. The dropout mask is regenerated from (seed, row, column).
 
-forward   row pass over x (h), expand pass on y: x read once, y read and written once
-backward  dy pass (dh, db, base_dot; for larger ranks a row and a column pass), column pass over x (da, dx), reduction
+forward   row pass over x (h), expand pass on y: x read once, y written once, and read where the base came first
+backward  dy pass (dh, db, base_dot; for larger ranks a row and a column pass), expand pass (dx), column pass over x
+          (da), reduction
 Source of the method: Hu et al. 2021 (arXiv:2106.09685), eq. 3.
 """
 
@@ -18,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Dropout, dot, dropout_args, precision, refuse_common
+from ._common import dot, dropout_args, long_dot, precision, refuse_common
 from ._device import Device, Source, device_of, launch, on_device, sources
-from ._launch import Gradients, column_pass, expand_pass, reduce_pass, row_pass
-from ._tiles import dx_rides_along, tile
+from ._launch import Gradients, column_pass, expand_pass, hash_rows, row_pass, sum_splits
+from ._tiles import tile
 
 
 def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
@@ -40,18 +41,19 @@ def forward(
     base: Tensor | None = None,
     column_scale: Tensor | None = None,
     shift: Tensor | None = None,
+    first: bool = False,
 ) -> Tensor:
     """y [M, N] = c * (base + scale * h b^T) + shift -> h = drop(x) a^T [M, R] f32 (with 1 / (1 - p), without scale).
 
-    base None: in place on y. column_scale c and shift [N] f32; without c, y = base + scale * h b^T.
+    base None: in place on y, or with `first` no base at all. column_scale c and shift [N] f32, 1 and 0 if None.
     """
     drop = dropout_args(p, seed)
-    products = precision(x.dtype, a.dtype)
-    base = y if base is None else base
+    product = precision(x.dtype, a.dtype)
+    base = y if base is None and not first else base
     with on_device(x):
-        h = row_pass(x, a, drop.inv_keep, drop, products.wide, may_split=True)
+        h = row_pass(x, a, drop.inv_keep, drop, product, may_split=True)
         plain = dropout_args(0.0, None)
-        return expand_pass(h, b.T, base, y, scale, plain, products.narrow, scale=column_scale, shift=shift)
+        return expand_pass(h, b.T, base, y, scale, plain, product, scale=column_scale, shift=shift)
 
 
 def backward(
@@ -68,61 +70,44 @@ def backward(
     need_b: bool,
     base: Tensor | None = None,
     base_dot: Tensor | None = None,
+    first: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx [M, K] += drop(dh a) in place -> da = dh^T drop(x) [R, K] f32, db = scale dy^T h [N, R] f32.
 
-    dh = scale dy b. What is not needed is neither computed nor returned (None). With base [M, N], and need_b,
-    base_dot [N] f32 becomes sum_m dy * base.
+    dh = scale dy b; with `first`, dx = drop(dh a). What is not needed is neither computed nor returned (None).
+    With base [M, N], and need_b, base_dot [N] f32 becomes sum_m dy * base.
     """
-    drop, plain = dropout_args(p, seed), dropout_args(0.0, None)
-    products = precision(x.dtype, a.dtype)
+    plain = dropout_args(0.0, None)
+    product = precision(x.dtype, a.dtype)
     (n, r), k = b.shape, x.shape[1]
     need_dh = need_a or dx is not None
     shapes = ([(r, k)] if need_a else []) + ([(n, r)] if need_b else []) + ([(n,)] if base is not None else [])
     with on_device(x):
-        grads = Gradients(x, [k, n], shapes, products.wide, r)
+        grads = Gradients(x, [k, n], shapes, product, r)
         slots = list(grads.partials)
         da_slot = slots.pop(0) if need_a else None
         db_slot = slots.pop(0) if need_b else None
         dot_slot = slots.pop(0) if base is not None else None
         dh = None
         if need_dh and db_slot is not None and _one_dy_pass(dy, r):
-            dh = _dy_pass(dy, b, h, db_slot, grads, scale, products.wide, base, dot_slot)
+            dh = _dy_pass(dy, b, h, db_slot, grads, scale, product, base, dot_slot)
         elif db_slot is not None:
             column_pass(
-                dy, h, grads, plain, products,
+                dy, h, grads, plain, product,
                 grad=db_slot, grad_strides=(1, r), grad_factor=scale, src_sum=dot_slot, other=base,
             )  # fmt: skip
         if need_dh and dh is None:
-            dh = row_pass(dy, b.T, scale, plain, products.wide)[0]
-        if dh is not None:
-            _x_pass(x, a, dh, dx, da_slot, grads, drop, products)
+            dh = sum_splits(row_pass(dy, b.T, scale, plain, product, may_split=True))
+        drop = hash_rows(x, dropout_args(p, seed))
+        if dh is not None and dx is not None:
+            expand_pass(dh[None], a, None if first else dx, dx, 1.0, drop, product)
+        if dh is not None and da_slot is not None:
+            column_pass(x, dh, grads, drop, product, grad=da_slot, grad_strides=(k, 1), grad_factor=drop.inv_keep)
         sums = grads.finish()
     da, db = (sums.pop(0) if need_a else None), (sums.pop(0) if need_b else None)
     if base_dot is not None:
         base_dot.copy_(sums[0])
     return da, db
-
-
-def _x_pass(
-    x: Tensor,
-    a: Tensor,
-    dh: Tensor,
-    dx: Tensor | None,
-    da: Tensor | None,
-    grads: Gradients,
-    drop: Dropout,
-    products: tuple[str, str],
-) -> None:
-    fused = dx is not None and dx_rides_along(products[0], a.shape[0])
-    if dx is not None and not fused:
-        expand_pass(dh[None], a, dx, dx, 1.0, drop, products[1])
-    if fused or da is not None:
-        column_pass(
-            x, dh, grads, drop, products,
-            grad=da, grad_strides=(x.shape[1], 1), grad_factor=drop.inv_keep,
-            w=a if fused else None, base=dx if fused else None, out=dx if fused else None,
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split", "stride_split"])
@@ -174,7 +159,7 @@ def dy_kernel(
         h = tl.load(h_ptr + rows * R + offs_r[None, :], mask=mask, other=0.0)
         dh = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION)
         tl.store(dh_ptr + pid_n.to(tl.int64) * M * R + rows * R + offs_r[None, :], dh * scale, mask=mask)
-        acc = dot(tl.trans(dy), h, acc, PRECISION)
+        acc = long_dot(tl.trans(dy), h, acc, PRECISION)
         if base_ptr is not None:
             base_tile = base_ptr + rows * stride_basem + offs_n[None, :]
             base = tl.load(base_tile, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
@@ -203,7 +188,7 @@ def _dy_pass(
     (m, n), r = dy.shape, b.shape[1]
     t = tile("dy", precision, r, device_of(dy).arch)
     chunks = triton.cdiv(n, t.block_c)
-    partial = torch.empty((chunks, m * r), dtype=torch.float32, device=dy.device)
+    partial = torch.empty((chunks, m, r), dtype=torch.float32, device=dy.device)
     launch(
         dy_kernel, (chunks, grads.splits),
         dy, b, h, partial, db, base, base_dot, m, n, r, dy.stride(0), 0 if base is None else base.stride(0),
@@ -211,11 +196,7 @@ def _dy_pass(
         PRECISION=precision, BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
-    if chunks == 1:
-        return partial.view(m, r)
-    dh = torch.empty((m, r), dtype=torch.float32, device=dy.device)
-    reduce_pass(partial, [dh])
-    return dh
+    return sum_splits(partial)
 
 
 def aot_sources(device: Device) -> Iterator[Source]:

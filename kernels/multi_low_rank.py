@@ -21,7 +21,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Dropout, dot, dropout_args, keep_mask, load_rows, precision, refuse_common, round_to, row_keys
+from ._common import (
+    Dropout,
+    dot,
+    dropout_args,
+    keep_mask,
+    load_rows,
+    long_dot,
+    precision,
+    refuse_common,
+    round_to,
+    row_keys,
+)
 from ._device import Device, Source, device_of, launch, on_device, sources
 from ._launch import reduce_pass
 from ._tiles import Tile, tile
@@ -60,9 +71,9 @@ def forward(
     drop = dropout_args(p, seed)
     with on_device(x):
         call = _call(x, cells, index, most, ranks, dtype, aligned)
-        products = precision(x.dtype, call.weights)
-        h = _shrink(x, call, False, drop, products.wide)
-        _expand(h, y, call, True, dropout_args(0.0, None), products.narrow)
+        product = precision(x.dtype, call.weights)
+        h = _shrink(x, call, False, drop, product)
+        _expand(h, y, call, True, dropout_args(0.0, None), product)
     return h
 
 
@@ -78,15 +89,15 @@ def backward(
     da = db = torch.empty(0, dtype=torch.float32, device=x.device)
     with on_device(x):
         call = _call(x, cells, index, most, ranks, dtype, aligned)
-        products = precision(x.dtype, call.weights)
+        product = precision(x.dtype, call.weights)
         if need_b:
-            db = _gradient(dy, h, call, True, plain, products.wide)
+            db = _gradient(dy, h, call, True, plain, product)
         if need_a or dx is not None:
-            dh = _shrink(dy, call, True, plain, products.wide)
+            dh = _shrink(dy, call, True, plain, product)
             if need_a:
-                da = _gradient(x, dh, call, False, drop, products.wide)
+                da = _gradient(x, dh, call, False, drop, product)
             if dx is not None:
-                _expand(dh, dx, call, False, drop, products.narrow)
+                _expand(dh, dx, call, False, drop, product)
     return da, db
 
 
@@ -201,7 +212,7 @@ def shrink_kernel(
                 w = _weight_tile(cell_ptr, offs_r, offs_c, R, C, OF_B, ALIGNED, TYPE)
                 if DROPOUT:
                     x = tl.where(keep_mask(key1, key2, offs_c, threshold), x, 0.0)
-                acc = dot(x, tl.trans(w), acc, PRECISION)
+                acc = long_dot(x, tl.trans(w), acc, PRECISION)
         acc *= _scale(cell_ptr) if OF_B else inv_keep
         # Zeros from R to MOST: what is saved has one width for all adapters.
         mask = (places < end)[:, None] & (offs_r < MOST)[None, :]
@@ -306,7 +317,7 @@ def gradient_kernel(
             if DROPOUT:
                 key1, key2 = row_keys(seed_ptr, rows)
                 src = tl.where(keep_mask(key1, key2, offs_c, threshold), src, 0.0)
-            acc = dot(tl.trans(g), src, acc, PRECISION)
+            acc = long_dot(tl.trans(g), src, acc, PRECISION)
         at = tl.program_id(2).to(tl.int64) * size + tl.load(cell_ptr + 3) * C
         at += _weight_offsets(offs_r, offs_c, R, C, OF_B)
         acc *= _scale(cell_ptr) if OF_B else inv_keep
@@ -333,7 +344,7 @@ def _launch(
         kernel, ((m - partly) // t.block_m + partly, columns),
         src, call.cells, call.order, call.ends, out, drop.seed, c, count, call.most, *strides,
         drop.inv_keep, drop.threshold,
-        OF_B=of_b, ALIGNED=call.aligned, TYPE=_TYPES[call.weights], DROPOUT=drop.enabled, PRECISION=precision,
+        OF_B=of_b, ALIGNED=call.aligned, TYPE=_TYPES[call.weights], DROPOUT=drop.mode, PRECISION=precision,
         BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r, BLOCK_G=triton.next_power_of_2(count),
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
@@ -365,7 +376,7 @@ def _gradient(src: Tensor, g: Tensor, call: _Call, of_b: bool, drop: Dropout, pr
         gradient_kernel, (blocks_c, count * blocks_r, splits),
         src, g, call.cells, call.order, call.ends, partial, drop.seed, c, call.most, src.stride(0), size,
         splits, drop.inv_keep, drop.threshold,
-        OF_B=of_b, DROPOUT=drop.enabled, PRECISION=precision,
+        OF_B=of_b, DROPOUT=drop.mode, PRECISION=precision,
         BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r, BLOCKS_R=blocks_r,
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Triton backend of prefix_attention: one walk over the prefix, then over the text, with online softmax.
 
 q [B, Hq, S, D], k and v [B, Hkv, L, D], pk and pv [B, Hkv, T, D] (expanded over the batch), D <= 256, unit stride
-along D; products and sums in f32. Backward makes the weights again from each query's highest score and sum: a pass over
+along D; product and sums in f32. Backward makes the weights again from each query's highest score and sum: a pass over
 queries (dq), one over keys (dk, dv), and the same over the prefix of each batch row, whose sum over the batch is left
 to the caller.
 Source of the method: Dao 2023 (arXiv:2307.08691), algorithms 1 and 2.
@@ -238,7 +238,7 @@ def _launch(
     """With the arguments that all passes end with."""
     launch(
         kernel, grid, *args, float(scale), drop.inv_keep, drop.threshold,
-        CAUSAL=m.causal, MASK=m.kind, DROPOUT=drop.enabled, PRECISION=precision(q.dtype, q.dtype).wide,
+        CAUSAL=m.causal, MASK=m.kind, DROPOUT=drop.mode, PRECISION=precision(q.dtype, q.dtype),
         BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=max(16, triton.next_power_of_2(q.shape[3])),
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip

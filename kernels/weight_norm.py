@@ -30,7 +30,9 @@ def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
 def forward(wide: Tensor, up: Tensor, down: Tensor, scale: float, by_row: bool) -> Tensor:
     """Norms of the rows (by_row), or else of the columns, of wide + scale * up down -> [P] or [Q] f32."""
     (p, q), r = wide.shape, up.shape[1]
-    product = precision(wide.dtype, up.dtype).wide
+    product = precision(wide.dtype, up.dtype)
+    # An update may undo most of the weight.
+    product = "split3" if product == "split" else product
     device = device_of(wide)
     t = tile("weight_norm/expand", product, r, device.arch)
     blocks = (triton.cdiv(p, t.block_m), triton.cdiv(q, t.block_c))
@@ -45,7 +47,7 @@ def forward(wide: Tensor, up: Tensor, down: Tensor, scale: float, by_row: bool) 
             norm_kernel, (kept, splits),
             wide, up, down, partial, p, q, r, wide.stride(0), size, per_split, float(scale),
             BY_ROW=by_row, PRECISION=product, BLOCK_P=t.block_m, BLOCK_Q=t.block_c, BLOCK_R=t.block_r,
-            num_warps=t.num_warps, num_stages=t.num_stages,
+            ONE_BLOCK=r <= t.block_r, num_warps=t.num_warps, num_stages=t.num_stages,
         )  # fmt: skip
         norm = partial[0]
         if splits > 1:
@@ -57,13 +59,59 @@ def forward(wide: Tensor, up: Tensor, down: Tensor, scale: float, by_row: bool) 
 def backward(wide: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """wide down^T [P, R] and up^T wide [R, Q], f32."""
     q, r = wide.shape[1], up.shape[1]
-    products, plain = precision(wide.dtype, up.dtype), dropout_args(0.0, None)
+    product, plain = precision(wide.dtype, up.dtype), dropout_args(0.0, None)
     with on_device(wide):
-        left = row_pass(wide, down, 1.0, plain, products.wide, op="weight_norm")[0]
-        grads = Gradients(wide, [q], [(r, q)], products.wide, r)
-        column_pass(wide, up, grads, plain, products, grad=grads.partials[0], grad_strides=(q, 1))
+        left = row_pass(wide, down, 1.0, plain, product, op="weight_norm")[0]
+        grads = Gradients(wide, [q], [(r, q)], product, r)
+        column_pass(wide, up, grads, plain, product, grad=grads.partials[0], grad_strides=(q, 1))
         (right,) = grads.finish()
     return left, right
+
+
+@triton.jit
+def _tile_offsets(offs, block, BY_ROW: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Rows and columns of a tile: one of them is `offs`, the other the block-th block."""
+    if BY_ROW:
+        offs_p = offs
+        offs_q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    else:
+        offs_p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+        offs_q = offs
+    return offs_p, offs_q
+
+
+@triton.jit
+def _wide_tile(
+    wide_ptr,
+    stride_widep,
+    offs,
+    block,
+    end,
+    P,
+    Q,
+    BY_ROW: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """Tile of wide, 0 outside of it and from block `end` on."""
+    offs_p, offs_q = _tile_offsets(offs, block, BY_ROW, BLOCK_P, BLOCK_Q)
+    if BY_ROW:
+        mask = (offs_p < P)[:, None] & (offs_q < min(Q, end * BLOCK_Q))[None, :]
+    else:
+        mask = (offs_p < min(P, end * BLOCK_P))[:, None] & (offs_q < Q)[None, :]
+    return tl.load(wide_ptr + offs_p.to(tl.int64)[:, None] * stride_widep + offs_q[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _product_tile(up_ptr, down_ptr, offs_p, offs_q, r, P, Q, R, acc, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
+    """acc + up down over the ranks [r, r + BLOCK_R)."""
+    offs_r = r + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    up_tile = up_ptr + offs_p.to(tl.int64)[:, None] * R + offs_r[None, :]
+    up = tl.load(up_tile, mask=(offs_p < P)[:, None] & mask_r[None, :], other=0.0)
+    down_tile = down_ptr + offs_r.to(tl.int64)[:, None] * Q + offs_q[None, :]
+    down = tl.load(down_tile, mask=mask_r[:, None] & (offs_q < Q)[None, :], other=0.0)
+    return dot(up, down, acc, PRECISION)
 
 
 @triton.jit(do_not_specialize=["blocks_per_split"])
@@ -84,6 +132,7 @@ def norm_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):
     """out[split, i] = sum of (wide + scale * up down)^2 over one split of the other axis; `size` is the length of i."""
     kept = tl.program_id(0)
@@ -97,26 +146,20 @@ def norm_kernel(
         end = min(start + blocks_per_split, tl.cdiv(P, BLOCK_P))
         sums = tl.zeros((BLOCK_Q,), tl.float32)
         offs = kept * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    # The next tile of wide is in flight during this one's dots: only their operands are pipelined for us.
+    wide = _wide_tile(wide_ptr, stride_widep, offs, start, end, P, Q, BY_ROW, BLOCK_P, BLOCK_Q)
     for block in range(start, end):
-        if BY_ROW:
-            offs_p = offs
-            offs_q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        else:
-            offs_p = block * BLOCK_P + tl.arange(0, BLOCK_P)
-            offs_q = offs
-        mask_p = (offs_p < P)[:, None]
-        mask_q = (offs_q < Q)[None, :]
-        rows = offs_p.to(tl.int64)[:, None]
-        wide = tl.load(wide_ptr + rows * stride_widep + offs_q[None, :], mask=mask_p & mask_q, other=0.0)
+        next_wide = _wide_tile(wide_ptr, stride_widep, offs, block + 1, end, P, Q, BY_ROW, BLOCK_P, BLOCK_Q)
+        offs_p, offs_q = _tile_offsets(offs, block, BY_ROW, BLOCK_P, BLOCK_Q)
         acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-        for r in range(0, R, BLOCK_R):
-            offs_r = r + tl.arange(0, BLOCK_R)
-            up = tl.load(up_ptr + rows * R + offs_r[None, :], mask=mask_p & (offs_r < R)[None, :], other=0.0)
-            down_tile = down_ptr + offs_r.to(tl.int64)[:, None] * Q + offs_q[None, :]
-            down = tl.load(down_tile, mask=(offs_r < R)[:, None] & mask_q, other=0.0)
-            acc = dot(up, down, acc, PRECISION)
+        if ONE_BLOCK:
+            acc = _product_tile(up_ptr, down_ptr, offs_p, offs_q, 0, P, Q, R, acc, PRECISION, BLOCK_R)
+        else:
+            for r in range(0, R, BLOCK_R):
+                acc = _product_tile(up_ptr, down_ptr, offs_p, offs_q, r, P, Q, R, acc, PRECISION, BLOCK_R)
         total = wide.to(tl.float32) + acc * scale
         sums += tl.sum(total * total, axis=1 if BY_ROW else 0)
+        wide = next_wide
     tl.store(out_ptr + split.to(tl.int64) * size + offs, sums, mask=offs < size)
 
 

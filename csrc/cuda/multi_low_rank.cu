@@ -32,80 +32,71 @@ __device__ void load_piece(const T* from, float (&to)[kPiece]) {
   for (int i = 0; i < kPiece; ++i) to[i] = to_float(values[i]);
 }
 
-// The first kRows rows at or after `begin` that belong to the adapter, into `rows`, and where to go on. All threads of
+// This block's rows of the adapter, those of its group blockIdx.z of kRows, into `rows`, and how many. All threads of
 // the block call it; it ends in a barrier.
-__device__ int find_rows(const Problem& op, int64_t adapter, int64_t& begin, int64_t* rows) {
+__device__ int find_rows(const Problem& op, int64_t adapter, int64_t* rows) {
   __shared__ int found;
-  __shared__ int64_t next;
-  __syncthreads();  // the last round's rows have been used
   if (threadIdx.x < kWarp) {
-    int count = 0;
-    int64_t m = begin;
-    for (; m < op.m && count < kRows; m += kWarp) {
+    int place = -static_cast<int>(blockIdx.z) * kRows;  // of the next row that is found
+    for (int64_t m = 0; m < op.m && place < kRows; m += kWarp) {
       const int64_t mine = m + threadIdx.x;
       const bool is_mine = mine < op.m && op.index[mine / op.per_entry] == adapter;
       const unsigned all = __ballot_sync(0xffffffffu, is_mine);
-      const int place = count + __popc(all & ((1u << threadIdx.x) - 1u));
-      if (is_mine && place < kRows) rows[place] = mine;
-      if (count + __popc(all) > kRows) {
-        // The next round begins at the first row that did not fit.
-        const unsigned late = __ballot_sync(0xffffffffu, is_mine && place >= kRows);
-        m += __ffs(static_cast<int>(late)) - 1 - kWarp;
-        count = kRows;
-      } else {
-        count += __popc(all);
-      }
+      const int own = place + __popc(all & ((1u << threadIdx.x) - 1u));
+      if (is_mine && own >= 0 && own < kRows) rows[own] = mine;
+      place += __popc(all);
     }
-    if (threadIdx.x == 0) found = count, next = m;
+    if (threadIdx.x == 0) found = place < 0 ? 0 : place < kRows ? place : kRows;
   }
   __syncthreads();
-  begin = next;
   return found;
 }
 
-// h[m, r] = x[m] . A_i[r]: a warp a rank, which reads its row of A_i once for up to kRows rows of x.
+// h[m, r] = x[m] . A_i[r]: a block a rank, which reads its row of A_i once for up to kRows rows of x; its warps share
+// K.
 template <class T, class P, bool VECTOR>
 __global__ void shrink_kernel(Problem op, const T* x, float* h) {
   __shared__ int64_t rows[kRows];
-  const int64_t adapter = blockIdx.x;
+  __shared__ float sums[kWarps][kRows];
+  const int64_t adapter = blockIdx.x, rank = blockIdx.y;
   const int64_t* cell = op.cells + adapter * kColumns;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t rank = static_cast<int64_t>(blockIdx.y) * kWarps + threadIdx.x / kWarp;
-  const bool works = rank < cell[2];
+  if (rank >= cell[2]) return;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const P* a = reinterpret_cast<const P*>(cell[0]) + rank * op.k;
-  for (int64_t begin = 0; begin < op.m;) {
-    const int count = find_rows(op, adapter, begin, rows);
-    if (!works || count == 0) continue;
-    float acc[kRows] = {};
-    if constexpr (VECTOR) {
-#pragma unroll 4
-      for (int64_t c = lane * kPiece; c < op.k; c += kWarp * kPiece) {
-        float w[kPiece];
-        load_piece(a + c, w);
+  const int count = find_rows(op, adapter, rows);
+  if (count == 0) return;
+  float acc[kRows] = {};
+  if constexpr (VECTOR) {
+    for (int64_t c = static_cast<int64_t>(threadIdx.x) * kPiece; c < op.k; c += kThreads * kPiece) {
+      float w[kPiece];
+      load_piece(a + c, w);
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          if (i >= count) break;
-          float v[kPiece];
-          load_piece(x + rows[i] * op.stride_x + c, v);
+      for (int i = 0; i < kRows; ++i) {
+        if (i >= count) break;
+        float v[kPiece];
+        load_piece(x + rows[i] * op.stride_x + c, v);
 #pragma unroll
-          for (int j = 0; j < kPiece; ++j) acc[i] += v[j] * w[j];
-        }
-      }
-    } else {
-      for (int64_t c = lane; c < op.k; c += kWarp) {
-        const float w = to_float(a[c]);
-#pragma unroll
-        for (int i = 0; i < kRows; ++i)
-          if (i < count) acc[i] += to_float(x[rows[i] * op.stride_x + c]) * w;
+        for (int j = 0; j < kPiece; ++j) acc[i] += v[j] * w[j];
       }
     }
+  } else {
+    for (int64_t c = threadIdx.x; c < op.k; c += kThreads) {
+      const float w = to_float(a[c]);
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (i >= count) break;
-      for (int step = kWarp / 2; step > 0; step /= 2) acc[i] += __shfl_xor_sync(0xffffffffu, acc[i], step);
-      if (lane == 0) h[rows[i] * op.most + rank] = acc[i];
+      for (int i = 0; i < kRows; ++i)
+        if (i < count) acc[i] += to_float(x[rows[i] * op.stride_x + c]) * w;
     }
   }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    for (int step = kWarp / 2; step > 0; step /= 2) acc[i] += __shfl_xor_sync(0xffffffffu, acc[i], step);
+    if (lane == 0) sums[warp][i] = acc[i];
+  }
+  __syncthreads();
+  if (threadIdx.x >= static_cast<unsigned>(count)) return;
+  float sum = 0.0f;
+  for (int w = 0; w < kWarps; ++w) sum += sums[w][threadIdx.x];
+  h[rows[threadIdx.x] * op.most + rank] = sum;
 }
 
 // y[m, n] += s_i * (h[m] . B_i[n]): a thread a column n, which reads its row of B_i once for up to kRows rows of y.
@@ -118,46 +109,44 @@ __global__ void expand_kernel(Problem op, const float* h, T* y) {
   const int64_t rank = cell[2], n = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
   const float scale = __int_as_float(static_cast<int>(cell[4]));
   const P* b = reinterpret_cast<const P*>(cell[1]) + n * rank;
-  for (int64_t begin = 0; begin < op.m;) {
-    const int count = find_rows(op, adapter, begin, rows);
-    if (count == 0) continue;
-    float acc[kRows] = {};
-    for (int64_t r0 = 0; r0 < rank; r0 += kRankChunk) {
-      const int width = static_cast<int>(rank - r0 < kRankChunk ? rank - r0 : kRankChunk);
-      __syncthreads();
-      for (int i = threadIdx.x; i < count * kRankChunk; i += kThreads) {
-        const int row = i / kRankChunk, r = i % kRankChunk;
-        chunk[row][r] = r < width ? h[rows[row] * op.most + r0 + r] : 0.0f;
-      }
-      __syncthreads();
-      if (n >= op.n) continue;
-      if constexpr (VECTOR) {
-        for (int r = 0; r < width; r += kPiece) {
-          float w[kPiece];
-          load_piece(b + r0 + r, w);
-#pragma unroll
-          for (int i = 0; i < kRows; ++i) {
-            if (i >= count) break;
-#pragma unroll
-            for (int j = 0; j < kPiece; ++j) acc[i] += chunk[i][r + j] * w[j];
-          }
-        }
-      } else {
-        for (int r = 0; r < width; ++r) {
-          const float w = to_float(b[r0 + r]);
-#pragma unroll
-          for (int i = 0; i < kRows; ++i)
-            if (i < count) acc[i] += chunk[i][r] * w;
-        }
-      }
+  const int count = find_rows(op, adapter, rows);
+  if (count == 0) return;
+  float acc[kRows] = {};
+  for (int64_t r0 = 0; r0 < rank; r0 += kRankChunk) {
+    const int width = static_cast<int>(rank - r0 < kRankChunk ? rank - r0 : kRankChunk);
+    __syncthreads();
+    for (int i = threadIdx.x; i < count * kRankChunk; i += kThreads) {
+      const int row = i / kRankChunk, r = i % kRankChunk;
+      chunk[row][r] = r < width ? h[rows[row] * op.most + r0 + r] : 0.0f;
     }
+    __syncthreads();
     if (n >= op.n) continue;
+    if constexpr (VECTOR) {
+      for (int r = 0; r < width; r += kPiece) {
+        float w[kPiece];
+        load_piece(b + r0 + r, w);
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (i >= count) break;
-      T* to = y + rows[i] * op.n + n;
-      from_float(to_float(*to) + scale * acc[i], to);
+        for (int i = 0; i < kRows; ++i) {
+          if (i >= count) break;
+#pragma unroll
+          for (int j = 0; j < kPiece; ++j) acc[i] += chunk[i][r + j] * w[j];
+        }
+      }
+    } else {
+      for (int r = 0; r < width; ++r) {
+        const float w = to_float(b[r0 + r]);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+          if (i < count) acc[i] += chunk[i][r] * w;
+      }
     }
+  }
+  if (n >= op.n) return;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    if (i >= count) break;
+    T* to = y + rows[i] * op.n + n;
+    from_float(to_float(*to) + scale * acc[i], to);
   }
 }
 
@@ -181,9 +170,10 @@ void run(const Problem& op, int64_t adapters, bool vector_k, bool vector_r, cons
   float* latent = data<float>(h);
   T* to = data<T>(y);
   const auto grid = [&](int64_t blocks) {
-    return dim3(static_cast<unsigned>(adapters), static_cast<unsigned>(blocks));
+    const int64_t groups = (op.m + kRows - 1) / kRows;
+    return dim3(static_cast<unsigned>(adapters), static_cast<unsigned>(blocks), static_cast<unsigned>(groups));
   };
-  const dim3 ranks = grid((op.most + kWarps - 1) / kWarps), columns = grid((op.n + kThreads - 1) / kThreads);
+  const dim3 ranks = grid(op.most), columns = grid((op.n + kThreads - 1) / kThreads);
   if (vector_k)
     shrink_kernel<T, P, true><<<ranks, kThreads, 0, stream>>>(op, from, latent);
   else
@@ -214,7 +204,7 @@ Tensor multi_low_rank_forward(const Tensor& x, const Tensor& table, const Tensor
   check_dtype(kOp, "index", index, ScalarType::Long);
   that(m > 0 && k > 0 && n > 0 && most > 0 && adapters > 0, who + "empty problems are the caller's");
   that(entries > 0 && m % entries == 0, who + "index does not divide the rows of x");
-  that((n + kThreads - 1) / kThreads < 65536, who + "N is too large for the grid");
+  that((n + kThreads - 1) / kThreads < 65536 && most < 65536 && m <= kMostRows, who + "M, N or R is too large");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = stream_of(x);
   Tensor h = torch::stable::new_empty(x, {m, most}, ScalarType::Float);

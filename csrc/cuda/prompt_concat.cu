@@ -70,6 +70,24 @@ struct Rows {
   Sizes n;
 };
 
+// One warp copies a row of aligned vectors; so many loads a lane are on their way before the first store.
+template <class T>
+__device__ inline void copy_row(const T* from, T* to, int64_t hidden, int lane) {
+  constexpr int kInFlight = 8;
+  const int64_t vectors = hidden * static_cast<int64_t>(sizeof(T)) / kVectorBytes;
+  const uint4* in = reinterpret_cast<const uint4*>(from);
+  uint4* out = reinterpret_cast<uint4*>(to);
+  int64_t v = lane;
+  for (; v + (kInFlight - 1) * kWarp < vectors; v += kInFlight * kWarp) {
+    uint4 held[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) held[i] = __ldg(in + v + i * kWarp);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) out[v + i * kWarp] = held[i];
+  }
+  for (; v < vectors; v += kWarp) out[v] = __ldg(in + v);
+}
+
 // A warp a row. Rows of the source are copied 16 bytes a lane where everything is aligned (VECTOR), prompt rows are
 // converted element by element unless they have the same dtype.
 template <class T, class P, bool VECTOR>
@@ -88,7 +106,12 @@ __global__ void embeds_kernel(Rows<T, P> rows, T* out) {
         from = rows.prompt + t * n.hidden;
       } else {
         const P* p = rows.prompt + t * n.hidden;
-        for (int64_t h = lane; h < n.hidden; h += kWarp) from_float(to_float(p[h]), to + h);
+#pragma unroll 8
+        for (int64_t h = lane; h < n.hidden; h += kWarp) {
+          T element;
+          from_float(to_float(__ldg(p + h)), &element);
+          to[h] = element;
+        }
         continue;
       }
     } else {
@@ -100,9 +123,7 @@ __global__ void embeds_kernel(Rows<T, P> rows, T* out) {
       from = rows.source + row * n.hidden;
     }
     if constexpr (VECTOR) {
-      const int64_t vectors = n.hidden * static_cast<int64_t>(sizeof(T)) / kVectorBytes;
-      for (int64_t v = lane; v < vectors; v += kWarp)
-        reinterpret_cast<uint4*>(to)[v] = reinterpret_cast<const uint4*>(from)[v];
+      copy_row(from, to, n.hidden, lane);
     } else {
       for (int64_t h = lane; h < n.hidden; h += kWarp) to[h] = from[h];
     }
@@ -120,9 +141,7 @@ __global__ void d_embeds_kernel(const T* dout, const int64_t* start, Sizes n, T*
     const T* from = dout + (b * n.out() + (s < start[b] ? s : s + n.prompt)) * n.hidden;
     T* to = d_embeds + i * n.hidden;
     if constexpr (VECTOR) {
-      const int64_t vectors = n.hidden * static_cast<int64_t>(sizeof(T)) / kVectorBytes;
-      for (int64_t v = lane; v < vectors; v += kWarp)
-        reinterpret_cast<uint4*>(to)[v] = reinterpret_cast<const uint4*>(from)[v];
+      copy_row(from, to, n.hidden, lane);
     } else {
       for (int64_t h = lane; h < n.hidden; h += kWarp) to[h] = from[h];
     }

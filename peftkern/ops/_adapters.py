@@ -27,10 +27,13 @@ class Table(NamedTuple):
 def table(a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float]) -> Table:
     """The table of contiguous adapters of one dtype and device, which the caller keeps alive while a kernel runs.
 
-    It holds nothing but addresses and sizes, and these are what it is cached by: it cannot go stale.
+    It holds nothing but addresses and sizes, and these are what it is cached by: it cannot go stale. For a GPU it is
+    kept in pinned memory of the host and copied at every call, which a CUDA graph repeats: what is kept on the device
+    may not be made while a graph is warmed up or captured, since the graph's pool takes its memory back.
     """
     addresses = tuple([t.data_ptr() for t in a] + [t.data_ptr() for t in b])
-    return _table(a[0].device, a[0].dtype, addresses, tuple([t.size(0) for t in a]), tuple(scales))
+    found = _table(a[0].device, a[0].dtype, addresses, tuple([t.size(0) for t in a]), tuple(scales))
+    return found if a[0].device.type == "cpu" else found._replace(cells=found.cells.to(a[0].device, non_blocking=True))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -46,7 +49,7 @@ def _table(
         bits = struct.unpack("<i", struct.pack("<f", scale))[0]
         rows.append([_signed(addresses[i]), _signed(addresses[count + i]), rank, before, bits])
         before += rank
-    cells = torch.tensor(rows, dtype=torch.int64).to(device)
+    cells = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
     return Table(cells, (max(ranks), before, _CODES[dtype], all(address % 16 == 0 for address in addresses)))
 
 

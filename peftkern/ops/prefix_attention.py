@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
+from peftkern import dispatch
 from peftkern.ops._op import Op, autocast_dtype, autograd, choose, kernel
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
@@ -69,8 +72,9 @@ def prefix_attention(
     """Fused attention with a prefix; arguments and result as `reference`.
 
     Saves its inputs, the output, and of each query the highest score and the sum of exponentials; gradients of a
-    prefix [Hkv, T, D] are summed over the batch in a fixed order. `mask` gets no gradient. Raises ValueError for shapes
-    that do not fit and for p outside [0, 1).
+    prefix [Hkv, T, D] are summed over the batch in a fixed order. `mask` gets no gradient. On a GPU many queries
+    without dropout go to PyTorch's fused attention over the concatenation, which is faster there. Raises ValueError for
+    shapes that do not fit and for p outside [0, 1).
     """
     _check(q, k, v, pk, pv, mask)
     check_probability(p)
@@ -80,15 +84,57 @@ def prefix_attention(
     if p > 0.0 and seed is None:
         seed = new_seed(q.device)
     backend = choose(
-        "prefix_attention", q, pk, D=q.shape[3], T=pk.shape[-2], L=k.shape[2], S=q.shape[2], rows=math.prod(q.shape[:3])
-    )
-    if backend == "reference" or 0 in (*q.shape, *k.shape, *pk.shape):
+        "prefix_attention", q, pk, D=q.shape[3], T=pk.shape[-2], L=k.shape[2], S=q.shape[2],
+        rows=math.prod(q.shape[:3]), plain=p == 0.0,
+    )  # fmt: skip
+    empty = 0 in (*q.shape, *k.shape, *pk.shape)
+    if backend == "reference" and p == 0.0 and q.is_cuda and not empty:
+        return _concatenated(q, k, v, pk, pv, mask, causal, scale)
+    if backend == "reference" or empty:
         return reference(q, k, v, pk, pv, mask=mask, causal=causal, scale=scale, p=p, seed=seed)
     if mask is not None:
         mask = _rows(mask.detach() if mask.dtype == torch.bool else mask.detach().to(torch.float32))
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     out: Tensor = _differentiable(q, k, v, pk, pv, mask, causal, scale, p, seed, backend)[0]
     return out
+
+
+def _concatenated(
+    q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """The same as PyTorch has it: its fused attention over the concatenation."""
+    (b, hq, s, _), (hkv, length), t = q.shape, k.shape[1:3], pk.shape[-2]
+    keys, values = (
+        torch.cat([prefix.to(q.dtype).expand(b, hkv, -1, -1), text], 2) for prefix, text in ((pk, k), (pv, v))
+    )
+    bias: Any = None
+    if causal and mask is None and 1 < s <= length:  # every query sees the whole prefix, so that the corner is the end
+        bias = causal_lower_right(s, t + length)
+    elif mask is not None or (causal and s > 1):
+        seen = torch.ones(1, 1, s, length, dtype=torch.bool, device=q.device) if mask is None else mask.detach()
+        seen = seen if seen.dtype == torch.bool else seen.to(q.dtype)
+        if causal:
+            hidden = torch.ones(s, length, dtype=torch.bool, device=q.device).triu(length - s + 1)
+            seen = seen.masked_fill(hidden, False if seen.dtype == torch.bool else -math.inf)
+        bias = F.pad(seen, (t, 0), value=seen.dtype == torch.bool).expand(b, hq, s, t + length)
+    if hq != hkv and s == 1 and mask is None:  # a group's queries as rows of one head: its keys are not repeated
+        return F.scaled_dot_product_attention(q.reshape(b, hkv, hq // hkv, -1), keys, values, scale=scale).view(q.shape)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale, enable_gqa=hq != hkv)
+
+
+_FEW_QUERIES = 16
+"""Queries of a head up to which not building the concatenation is worth more than PyTorch's faster products."""
+
+
+def _concatenation_is_faster(
+    backend: str, _dtype: torch.dtype, *, S: int = 0, plain: int = False, **_sizes: int
+) -> str | None:
+    if backend == "triton" and plain and S > _FEW_QUERIES:
+        return f"{S} queries a head, no dropout: torch's attention over the concatenation is faster above {_FEW_QUERIES}"
+    return None
+
+
+dispatch.limit("prefix_attention", _concatenation_is_faster)
 
 
 def _forward(

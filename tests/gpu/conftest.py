@@ -56,8 +56,8 @@ def cases(op: Op, place: Place, dtype: torch.dtype = torch.float32) -> list[tupl
 
 
 def skip_unless_runs(op: str, place: Place, dtype: torch.dtype) -> None:
-    """Skip with the reason that dispatch gives."""
-    reason = dispatch._refusal(place.backend, op, place.device, dtype)
+    """Skip with the reason that dispatch gives for a call with gradients."""
+    reason = dispatch._refusal(place.backend, op, place.device, dtype, grad=True)
     if reason is not None:
         pytest.skip(f"{place.backend} {op}: {reason}")
 

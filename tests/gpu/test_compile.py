@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 
 from peftkern.ops._op import Op
 
 from .conftest import Call, Place, cases
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch.compiler.reset()
 
 
 def modes(place: Place) -> list[dict[str, Any]]:
@@ -27,6 +21,7 @@ def test_compiled_and_eager_agree(op: Op, place: Place) -> None:
     for name, kwargs in cases(op, place):
         want = Call(op, kwargs)()
         for mode in modes(place):
+            torch.compiler.reset()
             call = Call(op, kwargs)
             run = torch.compile(op.run, fullgraph=True, **mode)
             for _ in range(3):  # CUDA graphs warm up, record, replay

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftkern.memory import saved_bytes
 from peftkern.ops import prefix_attention
-from peftkern.ops.prefix_attention import reference
+from peftkern.ops.prefix_attention import OP, _concatenated, _concatenation_is_faster, reference
 from peftkern.testing import assert_as_good_as_torch
 
 from .conftest import device_of, skip_unless_runs
@@ -23,6 +23,29 @@ def drawn(backend: str, b: int, hq: int, hkv: int, s: int, length: int, t: int, 
     return {
         name: torch.randn(shape, device=device_of(backend)) for name, shape in (shapes | {"pv": (hkv, t, d)}).items()
     }
+
+
+@pytest.mark.parametrize("name", [name for name, _ in OP.samples(torch.device("cpu"), torch.float32)])
+def test_what_a_gpu_leaves_to_torch_is_the_same(name: str) -> None:
+    """Where its kernels are slower than PyTorch's attention over the concatenation, a GPU runs that."""
+    kwargs = dict(OP.samples(torch.device("cpu"), torch.float32))[name]
+    if kwargs.get("p") or 0 in (*kwargs["q"].shape, *kwargs["k"].shape, *kwargs["pk"].shape):
+        pytest.skip("dropout, or nothing to attend to: no kernel of torch's does it")
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, *, mask: Tensor | None = None, causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        return _concatenated(q, k, v, pk, pv, mask, causal, q.shape[-1] ** -0.5 if scale is None else scale)
+
+    assert_as_good_as_torch(reference, run, kwargs, grads=["q", "k", "v", "pk", "pv"], factor=4.0)
+
+
+def test_many_queries_go_to_torch_on_a_gpu_only() -> None:
+    assert "faster" in str(_concatenation_is_faster("triton", torch.bfloat16, S=512, plain=True))
+    assert _concatenation_is_faster("triton", torch.bfloat16, S=512, plain=False) is None
+    assert _concatenation_is_faster("triton", torch.bfloat16, S=1, plain=True) is None
+    assert _concatenation_is_faster("cpu", torch.bfloat16, S=512, plain=True) is None
 
 
 def test_equals_attention_over_the_concatenation(backend: str) -> None:
