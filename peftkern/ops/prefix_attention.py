@@ -130,7 +130,7 @@ def _concatenation_is_faster(
     backend: str, _dtype: torch.dtype, *, S: int = 0, plain: int = False, **_sizes: int
 ) -> str | None:
     if backend == "triton" and plain and S > _FEW_QUERIES:
-        return f"{S} queries a head, no dropout: torch's attention over the concatenation is faster above {_FEW_QUERIES}"
+        return f"{S} queries a head, no dropout: attention over the concatenation is faster above {_FEW_QUERIES}"
     return None
 
 
