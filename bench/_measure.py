@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -292,7 +293,7 @@ def _speed_rows(
     ceilings: Ceilings | None,
 ) -> list[Row]:
     rows: list[Row] = []
-    costs = case.cost() if samples else {}
+    costs = _costs(case) if samples else {}
     inference = all(runner.backward is None for runner in runners.values())
     for mode in MODES[:1] if inference else MODES:
         times = {name: [_of_mode(sample, mode) for sample in taken] for name, taken in samples.items()}
@@ -312,6 +313,15 @@ def _speed_rows(
                     row.percent_of_floor = 100 * ceilings.floor(cost, case.dtype) / seconds
             rows.append(row)
     return rows
+
+
+def _costs(case: Case) -> Mapping[str, Cost]:
+    """The least work by mode; nothing where it cannot be counted, which says nothing about the times."""
+    try:
+        return case.cost()
+    except Exception as error:
+        print(f"{case.label}: work not counted: {error}", file=sys.stderr)
+        return {}
 
 
 def _of_mode(sample: tuple[float, float], mode: str) -> float:

@@ -115,6 +115,10 @@ def heat_map(result: Result) -> bytes | None:
     return _png(figure)
 
 
+_DARK = 0.7
+"""Of a cell's log2: beyond it the map is so dark that text must be white."""
+
+
 def _panel(axes: Any, cells: Cells) -> None:
     hiddens, tokens = sorted({h for h, _ in cells}), sorted({t for _, t in cells})
     colours = [[math.log2(cells[h, t]) if (h, t) in cells else math.nan for t in tokens] for h in hiddens]
@@ -126,8 +130,10 @@ def _panel(axes: Any, cells: Cells) -> None:
         for x, token in enumerate(tokens):
             if (hidden, token) in cells:
                 ratio = cells[hidden, token]
-                slower = {"weight": "bold", "color": "darkred"} if ratio > 1 else {}
-                axes.text(x, y, f"{ratio:.2f}", ha="center", va="center", fontsize=6, **slower)
+                dark = abs(math.log2(ratio)) > _DARK
+                colour = "white" if dark else "darkred" if ratio > 1 else "black"
+                weight = "bold" if ratio > 1 else "normal"
+                axes.text(x, y, f"{ratio:.2f}", ha="center", va="center", fontsize=6, color=colour, weight=weight)
 
 
 def _device(result: Result) -> str:

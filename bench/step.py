@@ -236,11 +236,15 @@ def _reference(options: Options, model: Model, method: Method, dtype: torch.dtyp
 
 @functools.cache
 def _cost(options: Options, model: Model, dtype: torch.dtype) -> Mapping[str, Cost]:
-    """Operations of the floor's matrix products and attention, counted by PyTorch; bytes are not counted."""
+    """Operations of the floor's matrix products and attention, counted by PyTorch; bytes are not counted.
+
+    PyTorch cannot count fused attention whose queries share keys: here attention is made of products.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     step = _floor_step(options, model, dtype)
-    with FlopCounterMode(display=False) as forward:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         loss = step.forward()
     with FlopCounterMode(display=False) as backward:
         loss.backward()  # type: ignore[no-untyped-call]

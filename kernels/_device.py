@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import triton
+
+from ._common import INTERPRETED
 
 
 class Device(NamedTuple):
@@ -57,11 +60,51 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **keywords: Any) -> None:
-    """Launch a kernel on the current device and stream, or note the launch inside `recording`."""
+    """Launch a kernel on the current device and stream, or note the launch inside `recording`.
+
+    args are the kernel's arguments up to its constexprs, keywords the constexprs and Triton's options.
+    """
     if _recorded is not None:
         _recorded[1].append(Launch(kernel, args, keywords))
-    else:
+        return
+    if INTERPRETED:
         kernel[grid](*args, **keywords, enable_fp_fusion=True)
+        return
+    active = triton.runtime.driver.active
+    device = active.get_current_device()
+    key = (kernel, device, *keywords.items(), *_seen_by_the_compiler(args))
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*args, **keywords, enable_fp_fusion=True)
+        _compiled[key] = compiled, tuple(keywords[name] for name in kernel.arg_names[len(args) :])
+        return
+    compiled, constants = found
+    stream, values = active.get_current_stream(device), (*args, *constants)
+    enter, leave, metadata = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook, None
+    if enter.calls or leave.calls:
+        metadata = compiled.launch_metadata(grid, stream, *values)
+    else:
+        enter = leave = None
+    x, y, z = (*grid, 1, 1)[:3]
+    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *values)
+
+
+# What a launch compiled to: Triton finds it too, in three times as long, and launches are what a small call costs.
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def _seen_by_the_compiler(args: tuple[Any, ...]) -> Iterator[Any]:
+    """What Triton may compile anew for: types, alignment to 16 bytes, integers that are 1, multiples of 16 or long."""
+    for arg in args:
+        if arg is None:
+            yield None
+        elif type(arg) is int:
+            yield 1 if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31)
+        elif type(arg) is float:
+            yield float
+        else:
+            yield arg.dtype
+            yield arg.data_ptr() % 16 == 0
 
 
 @contextlib.contextmanager

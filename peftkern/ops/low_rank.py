@@ -164,13 +164,16 @@ def _sizes(
 _WORTH_A_CALL = {torch.float32: 1 << 16, torch.bfloat16: 1 << 10, torch.float16: 1 << 10}
 """M · (K + N) from which the cpu backend is not slower than three products, forward and backward together, where they
 are all that PyTorch needs: bench/overhead.py, 2 threads of an AMD EPYC."""
+_WORTH_A_LAUNCH = 1 << 18
+"""The same for the triton backend: a launch of Triton's costs what two or three of PyTorch's do (H200, small layers and
+32 rows of a 4096 x 4096 layer in a decoding step)."""
 
 
 def _call_costs_more(
     backend: str, dtype: torch.dtype, *, M: int, K: int = 0, N: int = 0, R: int = 0, plain: int = False
 ) -> str | None:
-    least = _WORTH_A_CALL[dtype]
-    if backend == "cpu" and plain and M * (K + N) < least:
+    least = {"cpu": _WORTH_A_CALL[dtype], "triton": _WORTH_A_LAUNCH}.get(backend, 0)
+    if plain and M * (K + N) < least:
         return f"{M} x ({K} + {N}) elements, no dropout: below {least} torch's products are faster than the call"
     return None
 

@@ -116,7 +116,7 @@ def _concatenated(
         if causal:
             hidden = torch.ones(s, length, dtype=torch.bool, device=q.device).triu(length - s + 1)
             seen = seen.masked_fill(hidden, False if seen.dtype == torch.bool else -math.inf)
-        bias = F.pad(seen, (t, 0), value=seen.dtype == torch.bool).expand(b, hq, s, t + length)
+        bias = F.pad(seen, (t, 0), value=seen.dtype == torch.bool)
     if hq != hkv and s == 1 and mask is None:  # a group's queries as rows of one head: its keys are not repeated
         return F.scaled_dot_product_attention(q.reshape(b, hkv, hq // hkv, -1), keys, values, scale=scale).view(q.shape)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale, enable_gqa=hq != hkv)

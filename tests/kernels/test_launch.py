@@ -1,0 +1,120 @@
+"""A launch that was compiled before goes to the driver as Triton would send it; here the driver only listens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+
+from peftkern.kernels import _common, _device
+
+pytestmark = pytest.mark.skipif(_common.INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _kernel(x_ptr, out_ptr, other_ptr, rows, columns, scale, WITH: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < rows * columns, other=0.0) * scale
+    if other_ptr is not None:
+        x += tl.load(other_ptr + offs, mask=offs < rows * columns, other=0.0)
+    tl.store(out_ptr + offs, x, mask=(offs < rows * columns) & WITH)
+
+
+class Listener:
+    """A CUDA driver for sm_90 that keeps what it is given to launch."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.binaries = 0
+        self.utils = SimpleNamespace(
+            load_binary=self.load_binary, unload_module=lambda _module: None,
+            get_device_properties=lambda _device: {"max_shared_mem": 227 << 10},
+        )  # fmt: skip
+
+    def load_binary(self, *_args: Any) -> tuple[Any, ...]:
+        self.binaries += 1
+        return object(), f"function {self.binaries}", 32, 0, 1024
+
+    def launcher_cls(self, _source: Any, _metadata: Any) -> Any:
+        return lambda *args: self.calls.append(args)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 1234
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def listener(monkeypatch: pytest.MonkeyPatch) -> Listener:
+    found = Listener()
+    monkeypatch.setattr(triton.runtime.driver, "_active", found)
+    monkeypatch.setattr(_device, "_compiled", {})
+    monkeypatch.setattr(_kernel, "device_caches", type(_kernel.device_caches)(_kernel.device_caches.default_factory))
+    return found
+
+
+def calls() -> Iterator[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]]:
+    """Grids and arguments that Triton compiles anew for, each, and some that it does not."""
+    x, out, half = torch.zeros(65), torch.zeros(65), torch.zeros(65, dtype=torch.bfloat16)
+    options = {"WITH": True, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
+    yield (4,), (x, out, None, 8, 8, 0.5), options
+    yield (5, 2), (x, out, None, 9, 8, 2.0), options  # rows are not specialised on
+    yield (4, 1, 3), (x, out, out, 8, 8, 0.5), options
+    yield (4,), (x[1:], out, None, 8, 8, 0.5), options
+    yield (4,), (half, out, None, 8, 8, 0.5), options
+    yield (4,), (x, out, None, 8, 1, 0.5), options
+    yield (4,), (x, out, None, 8, 16, 0.5), options
+    yield (4,), (x, out, None, 8, 2**40, 0.5), options
+    yield (4,), (x, out, None, 2**40, 8, 0.5), options
+    yield (4,), (x, out, None, 8, 8, 0.5), options | {"WITH": False}
+    yield (4,), (x, out, None, 8, 8, 0.5), options | {"num_warps": 8}
+
+
+_HOOKS = slice(6, 9)
+"""Of what is given to a launcher: metadata for the hooks, the hook before and the one after."""
+
+
+def test_a_launch_is_what_triton_would_launch(listener: Listener) -> None:
+    functions = set()
+    for grid, args, keywords in calls():
+        listener.calls.clear()
+        _kernel[grid](*args, **keywords, enable_fp_fusion=True)
+        for _ in range(2):  # the first may go through Triton, the second does not
+            _device.launch(_kernel, grid, *args, **keywords)
+        tritons, _, mine = listener.calls
+        assert mine[_HOOKS] == (None, None, None)
+        pairs = list(zip(mine[:6] + mine[9:], tritons[:6] + tritons[9:], strict=True))
+        assert all(one is two or (not isinstance(one, torch.Tensor) and one == two) for one, two in pairs), pairs
+        functions.add(mine[4])
+    assert len(functions) == 10
+
+
+def test_the_second_launch_does_not_ask_triton(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, args, keywords = next(calls())
+    _device.launch(_kernel, grid, *args, **keywords)
+    monkeypatch.setattr(type(_kernel), "run", lambda *_args, **_keywords: pytest.fail("Triton was asked"))
+    _device.launch(_kernel, grid, *args, **keywords)
+    assert len(listener.calls) == 2
+
+
+def test_a_profiler_hears_of_every_launch(listener: Listener) -> None:
+    grid, args, keywords = next(calls())
+    hooks, hook = triton.knobs.runtime, lambda _metadata: None
+    _device.launch(_kernel, grid, *args, **keywords)
+    hooks.launch_enter_hook.add(hook)
+    try:
+        _device.launch(_kernel, grid, *args, **keywords)
+    finally:
+        hooks.launch_enter_hook.remove(hook)
+    metadata, enter, leave = listener.calls[1][_HOOKS]
+    assert metadata is not None and enter is hooks.launch_enter_hook and leave is hooks.launch_exit_hook
