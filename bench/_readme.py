@@ -23,6 +23,8 @@ _PEERS = {PEER: "Hugging Face PEFT", "adapterhub": "AdapterHub", "addmm": "in-pl
 _PEERS |= {name: name for name in ("torch.compile", "torch.compile max-autotune", "peft+liger", "unsloth")}
 _OPS_SHOWN = 4
 """Cases of each op that the tables show, the first ones of the file: the most telling."""
+_CASES_NAMED = 4
+"""Cases named for each mark that was missed; the file has them all."""
 _WIDTH = 150
 _STEPS = (
     "Whole steps, adapters in f32, LoRA of rank 8: time over the *frozen floor*, the same model with a gradient "
@@ -31,6 +33,11 @@ _STEPS = (
 _OPS = (
     "Forward and backward: time over the least that any implementation does (low_rank: the base layer; "
     "bottleneck: its matrix products; prompt_concat: a copy of the output; others: see their file in bench/)."
+)
+_LAUNCHES = (
+    "[graph]: under CUDA graphs. Elsewhere every sample starts from an idle GPU, so that what Python takes to launch "
+    "counts in full: where that is longer than the work, as on small shapes, capture graphs (or torch.compile with "
+    "mode=\"reduce-overhead\")."
 )
 OLDER = "**Measured on an older revision: the kernels have changed since.**"
 NO_GPU = "No GPU figure has been measured."
@@ -89,7 +96,10 @@ def _device_section(folder: Path, top: Path) -> str:
         ]  # fmt: skip
     machine = files[-1]["machine"]
     name = machine["gpu_name"] or f"{machine['cpu_name']}, {machine['active_isa'] or 'no compiled kernels'}"
-    parts = [f"### Figures: {name}", *(_provenance(file, top) for file in files), *_tables(rows)]
+    parts = [f"### Figures: {name}", *(_provenance(file, top) for file in files)]
+    if machine["device"] == "cuda":
+        parts.append(textwrap.fill(_LAUNCHES, _WIDTH))
+    parts += _tables(rows)
     return "\n\n".join(parts)
 
 
@@ -112,13 +122,18 @@ def _provenance(file: dict[str, Any], top: Path) -> str:
         for gate in gates:
             if not gate["met"]:
                 missed.setdefault(gate["wanted"], []).append(gate["case"])
-        marks = [f"{wanted}: {', '.join(cases)}" for wanted, cases in missed.items()]
+        marks = [f"{wanted}: {_named(cases)}" for wanted, cases in missed.items()]
         text += f"; missed: {'; '.join(marks)}." if missed else "."
     if not file["complete"]:
         text += " The time budget cut the run short."
     if machine["kernel_sources_sha256"] != kernel_hash(machine["device"], top):
         text += f" {OLDER}"
     return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _named(cases: list[str]) -> str:
+    more = len(cases) - _CASES_NAMED
+    return ", ".join(cases[:_CASES_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _tables(rows: list[Row]) -> list[str]:

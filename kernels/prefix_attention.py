@@ -1,7 +1,7 @@
 """Triton backend of prefix_attention: one walk over the prefix, then over the text, with online softmax.
 
 q [B, Hq, S, D], k and v [B, Hkv, L, D], pk and pv [B, Hkv, T, D] (expanded over the batch), D <= 256, unit stride
-along D; product and sums in f32. Backward makes the weights again from each query's highest score and sum: a pass over
+along D; products and sums in f32. Backward makes the weights again from each query's highest score and sum: a pass over
 queries (dq), one over keys (dk, dv), and the same over the prefix of each batch row, whose sum over the batch is left
 to the caller.
 Source of the method: Dao 2023 (arXiv:2307.08691), algorithms 1 and 2.
