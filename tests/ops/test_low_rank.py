@@ -72,6 +72,16 @@ def test_a_trained_bias_is_not_scaled(backend: str) -> None:
     torch.testing.assert_close(d_bias, torch.full_like(d_bias, M))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_rows_and_many_columns(backend: str, dtype: torch.dtype) -> None:
+    """Kernels then split the columns, and something has to add up the parts."""
+    skip_unless_runs("low_rank", backend, dtype)
+    torch.manual_seed(0)
+    shapes = {"x": (3, 2100), "a": (4, 2100), "b": (1900, 4), "weight": (1900, 2100)}
+    kwargs = {name: torch.randn(shape, device=device_of(backend)).to(dtype) / 8 for name, shape in shapes.items()}
+    assert_as_good_as_torch(reference, low_rank, kwargs, grads=["x", "a", "b"])
+
+
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match=r"column_scale \(2,\): want \[N\] = \(3,\)"):
         low_rank(torch.ones(2, 4), torch.ones(1, 4), torch.ones(3, 1), column_scale=torch.ones(2))
