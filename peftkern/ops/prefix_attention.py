@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from peftkern import dispatch
 from peftkern.ops._op import Op, autocast_dtype, autograd, choose, kernel
@@ -103,6 +102,8 @@ def _concatenated(
     q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
     """The same as PyTorch has it: its fused attention over the concatenation."""
+    from torch.nn.attention.bias import causal_lower_right  # brings torch._dynamo
+
     (b, hq, s, _), (hkv, length), t = q.shape, k.shape[1:3], pk.shape[-2]
     keys, values = (
         torch.cat([prefix.to(q.dtype).expand(b, hkv, -1, -1), text], 2) for prefix, text in ((pk, k), (pv, v))

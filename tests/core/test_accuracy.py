@@ -150,4 +150,4 @@ def test_moves_the_upstream_gradient():
 
     assert_as_good_as_torch(plain, lambda x, s: Chained.apply(x, s, 1.0), given)
     with pytest.raises(AssertionError, match="grad of s"):
-        assert_as_good_as_torch(plain, lambda x, s: Chained.apply(x, s, 1 + 4e-6), given)
+        assert_as_good_as_torch(plain, lambda x, s: Chained.apply(x, s, 1 + 2e-4), given)
