@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkern.testing.accuracy import MIXED
+
 from ._clock import Runner, TooSlow, Values, peak, timer
 from ._row import Quantiles, Row, quantiles
 
@@ -216,8 +218,7 @@ def verdict(
         # A single number may be right in plain PyTorch by chance, so that its error says little.
         rounding = torch.finfo(dtype if value.numel() == 1 else value.dtype).eps
         slack = 8 * torch.finfo(torch.float32).eps + 0.25 * rounding  # sums over thousands of rows, in another order
-        if dtype.itemsize == 2:  # f32 adapters of a 16-bit model: see peftkern.testing.assert_as_good_as_torch
-            slack += 2.0**-16
+        slack += MIXED if dtype.itemsize == 2 else 0.0  # f32 adapters of a 16-bit model
         budget = min(2 * budget + slack, loose) if strict else loose
         if not error <= budget:
             wrong.append(f"{key} is off by {error:.1e}, budget {budget:.1e}")

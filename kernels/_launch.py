@@ -15,8 +15,6 @@ from ._tiles import row_block_m, tile
 MAX_COLUMN_SPLITS = 16
 #: Programs of the row pass that a multiprocessor should have: the dropout hash keeps one of four warps waiting.
 _ROW_PROGRAMS = 3
-
-
 #: Elements from which rows are hashed once, for all tiles of a row: a launch costs more than the hashes of fewer.
 _HASH_ROWS = 1 << 22
 #: Rows of the largest tile, which may reach beyond the last row.
@@ -75,7 +73,7 @@ def row_pass(
 
 
 def sum_splits(partial: Tensor) -> Tensor:
-    """partial [splits, M, R] f32 -> their sum [M, R]."""
+    """partial [splits, ...] f32 -> their sum [...], the first to the last."""
     if partial.shape[0] == 1:
         return partial[0]
     total = torch.empty(partial.shape[1:], dtype=torch.float32, device=partial.device)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._common import INTERPRETED, refuse_common, round_to
 from ._device import Device, Source, device_of, launch, on_device, sources
-from ._launch import reduce_pass
+from ._launch import sum_splits
 
 # 16 bytes a lane of bf16 in rows of 512 columns; 8 KiB a tile, of which a multiprocessor holds several.
 _BLOCK_C = 64 if INTERPRETED else 512
@@ -58,17 +58,14 @@ def backward(dy: Tensor, x: Tensor | None, s: Tensor, need_dx: bool) -> tuple[Te
     splits = max(1, min(4 * device_of(dy).processors // blocks_c, blocks_m // 8, _MOST_SPLITS))
     per_split = triton.cdiv(blocks_m, splits)
     splits = triton.cdiv(blocks_m, per_split)
-    ds = torch.empty(c, dtype=torch.float32, device=dy.device)
-    partial = ds.view(1, c) if splits == 1 else torch.empty((splits, c), dtype=torch.float32, device=dy.device)
+    partial = torch.empty((splits, c), dtype=torch.float32, device=dy.device)
     with on_device(dy):
         launch(
             backward_kernel, (splits, blocks_c),
             dy, x, s, dx, partial, m, c, dy.stride(0), x.stride(0), per_split * _BLOCK_M,
             BLOCK_M=_BLOCK_M, BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
-        if splits > 1:
-            reduce_pass(partial, [ds])
-    return dx, ds
+        return dx, sum_splits(partial)
 
 
 def _block_c(x: Tensor) -> int:

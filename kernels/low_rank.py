@@ -98,11 +98,12 @@ def backward(
             )  # fmt: skip
         if need_dh and dh is None:
             dh = sum_splits(row_pass(dy, b.T, scale, plain, product, may_split=True))
-        drop = hash_rows(x, dropout_args(p, seed))
-        if dh is not None and dx is not None:
-            expand_pass(dh[None], a, None if first else dx, dx, 1.0, drop, product)
-        if dh is not None and da_slot is not None:
-            column_pass(x, dh, grads, drop, product, grad=da_slot, grad_strides=(k, 1), grad_factor=drop.inv_keep)
+        if dh is not None:
+            drop = hash_rows(x, dropout_args(p, seed))
+            if dx is not None:
+                expand_pass(dh[None], a, None if first else dx, dx, 1.0, drop, product)
+            if da_slot is not None:
+                column_pass(x, dh, grads, drop, product, grad=da_slot, grad_strides=(k, 1), grad_factor=drop.inv_keep)
         sums = grads.finish()
     da, db = (sums.pop(0) if need_a else None), (sums.pop(0) if need_b else None)
     if base_dot is not None:

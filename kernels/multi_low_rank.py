@@ -34,7 +34,7 @@ from ._common import (
     row_keys,
 )
 from ._device import Device, Source, device_of, launch, on_device, sources
-from ._launch import reduce_pass
+from ._launch import sum_splits
 from ._tiles import Tile, tile
 
 _CELLS = 5  # columns of the table: address of A, address of B, rank, ranks before it, bits of the scale
@@ -380,11 +380,7 @@ def _gradient(src: Tensor, g: Tensor, call: _Call, of_b: bool, drop: Dropout, pr
         BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r, BLOCKS_R=blocks_r,
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
-    if splits == 1:
-        return partial[0]
-    out = torch.empty(size, dtype=torch.float32, device=src.device)
-    reduce_pass(partial, [out])
-    return out
+    return sum_splits(partial)
 
 
 def aot_sources(device: Device) -> Iterator[Source]:

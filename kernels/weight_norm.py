@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._common import dot, dropout_args, precision, refuse_common
 from ._device import Device, Source, device_of, launch, on_device, sources
-from ._launch import Gradients, column_pass, reduce_pass, row_pass
+from ._launch import Gradients, column_pass, row_pass, sum_splits
 from ._tiles import tile
 
 
@@ -49,11 +49,7 @@ def forward(wide: Tensor, up: Tensor, down: Tensor, scale: float, by_row: bool) 
             BY_ROW=by_row, PRECISION=product, BLOCK_P=t.block_m, BLOCK_Q=t.block_c, BLOCK_R=t.block_r,
             ONE_BLOCK=r <= t.block_r, num_warps=t.num_warps, num_stages=t.num_stages,
         )  # fmt: skip
-        norm = partial[0]
-        if splits > 1:
-            norm = torch.empty(size, dtype=torch.float32, device=wide.device)
-            reduce_pass(partial, [norm])
-    return norm.sqrt_()
+        return sum_splits(partial).sqrt_()
 
 
 def backward(wide: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

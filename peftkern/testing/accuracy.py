@@ -11,7 +11,8 @@ from torch import Tensor
 
 Values = dict[str, Tensor]
 _HALF = (torch.bfloat16, torch.float16)
-_MIXED = 2.0**-16
+MIXED = 2.0**-16
+"""What an f32 result may err by where tensors of 16 bits take part."""
 _STEP = 2.0**-23  # by which inputs are moved to see how far results move
 
 
@@ -47,7 +48,7 @@ def assert_as_good_as_torch(
     got = _evaluate(run, kwargs, names, None)
     if list(got) != list(want):
         raise AssertionError(f"got {list(got)}, wanted {list(want)}")
-    least = _MIXED if any(isinstance(v, Tensor) and v.dtype in _HALF for v in kwargs.values()) else 0.0
+    least = MIXED if any(isinstance(v, Tensor) and v.dtype in _HALF for v in kwargs.values()) else 0.0
 
     def failing(moved: Mapping[str, float]) -> list[str]:
         lines = (_compare(k, got[k], torchs[k], want[k], factor, moved.get(k, 0.0), least) for k in want)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import peftkern as pk
-from peftkern import dispatch
 from peftkern.ops._op import Op
 
+from ..ops import conftest as ops
 from ..ops.conftest import OPS
 
 
@@ -57,9 +57,7 @@ def cases(op: Op, place: Place, dtype: torch.dtype = torch.float32) -> list[tupl
 
 def skip_unless_runs(op: str, place: Place, dtype: torch.dtype) -> None:
     """Skip with the reason that dispatch gives for a call with gradients."""
-    reason = dispatch._refusal(place.backend, op, place.device, dtype, grad=True)
-    if reason is not None:
-        pytest.skip(f"{place.backend} {op}: {reason}")
+    ops.skip_unless_runs(op, place.backend, dtype, place.device)
 
 
 class Call:

@@ -6,15 +6,12 @@ import pytest
 import torch
 
 import peftkern as pk
-from peftkern.kernels import _common, _launch
 from peftkern.ops._op import Op
 
 from ..ops.conftest import OPS
+from .test_common import DEVICE, needs_launch
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not _common.INTERPRETED else "cpu")
-needs_launch = pytest.mark.skipif(
-    DEVICE.type == "cpu" and not _common.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
-)
+from peftkern.kernels import _launch  # isort: skip - test_common asks whether there is Triton
 
 
 @needs_launch

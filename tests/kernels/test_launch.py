@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
 
-from peftkern.kernels import _common, _device
+triton = pytest.importorskip("triton", reason="triton is not installed")
+tl = pytest.importorskip("triton.language", reason="triton is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from peftkern.kernels import _common, _device  # noqa: E402
 
 pytestmark = pytest.mark.skipif(_common.INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
 

@@ -27,9 +27,11 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
 
 
-def skip_unless_runs(op: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
+def skip_unless_runs(
+    op: str, backend: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> None:
     """Skip with the reason that dispatch gives for a call with gradients."""
-    reason = dispatch._refusal(backend, op, device_of(backend), dtype, grad=True)
+    reason = dispatch._refusal(backend, op, device or device_of(backend), dtype, grad=True)
     if reason is not None:
         pytest.skip(f"{backend} {op}: {reason}")
 
