@@ -235,7 +235,7 @@ def cpu_extension(torch: Path | None) -> Extension:
         extra_compile_args=[*CPU_FLAGS, "-isystem", str(torch / "include")],
         library_dirs=[str(torch / "lib")],
         libraries=["torch_cpu", "c10"],
-        depends=["setup.py", *files, *sources("csrc/cpu/*.h")],
+        depends=["setup.py", *files, *sources("csrc/*.h"), *sources("csrc/cpu/*.h")],
         language="c++",
         optional=True,
     )
@@ -258,7 +258,7 @@ def cuda_extension(torch: Path | None) -> Extension | None:
         extra_compile_args=nvcc_command(nvcc, torch),
         library_dirs=[str(torch / "lib")],
         libraries=["torch_cpu", "torch_cuda", "c10"],
-        depends=["setup.py", *files, *sources("csrc/cuda/*.cuh")],
+        depends=["setup.py", *files, *sources("csrc/*.h"), *sources("csrc/cuda/*.cuh")],
         language="c++",
         optional=True,
     )

@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const Tensor& dow
     check.dtype("residual", *residual, x.scalar_type());
     op.residual = check.matrix("residual", *residual);
   }
-  Tensor y = torch::stable::new_empty(x, {op.m, op.n});
+  Tensor y = empty(x, {op.m, op.n});
   Tensor pre = empty_f32(x, {op.m, op.r});
   op.y = check.matrix("y", y), op.pre = f32_matrix(pre);
   PEFTKERN_CALL(bottleneck_forward, op);
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(const Ten
   check.dtype("pre", pre, ScalarType::Float);
   check.that(!add_dy || op.n == op.k, "add_dy needs N == K, got N ", op.n, " and K ", op.k);
   op.dy = check.matrix("dy", dy), op.pre = f32_matrix(pre), op.add_dy = add_dy;
-  Tensor dx = need_dx ? torch::stable::new_empty(x, {op.m, op.k}) : torch::stable::new_empty(x, {0});
+  Tensor dx = need_dx ? empty(x, {op.m, op.k}) : empty(x, {0});
   if (need_dx) op.dx = check.matrix("dx", dx);
   Tensor d_down = empty_f32(x, {op.r, op.k}), d_up = empty_f32(x, {op.n, op.r});
   Tensor d_down_bias = empty_f32(x, {op.r}), d_up_bias = empty_f32(x, {op.n});

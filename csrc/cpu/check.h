@@ -1,31 +1,15 @@
 // Argument checks of the CPU ops. Every message names the op, the argument, what came and what was wanted.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
 
+#include "../tensor.h"
 #include "common.h"
 
 namespace peftkern {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline std::string shape_text(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
-inline std::string shape_text(std::initializer_list<int64_t> shape) {
-  std::string text = "[";
-  for (int64_t n : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(n);
-  return text + "]";
-}
 
 // One op's checks.
 class Check {
@@ -39,10 +23,7 @@ class Check {
   // A CPU tensor of this shape; rows may be strided if `row_strided`, everything else is contiguous.
   void shape(const char* name, const Tensor& t, std::initializer_list<int64_t> want, bool row_strided = false) const {
     that(t.is_cpu(), name, " is not on the CPU");
-    bool same = t.dim() == static_cast<int64_t>(want.size());
-    int64_t i = 0;
-    for (int64_t n : want) same = same && t.size(i++) == n;
-    that(same, name, " has shape ", shape_text(t), ", want ", shape_text(want));
+    that(has_shape(t, want), name, " has shape ", Shape{t}, ", want ", Wanted{want});
     if (row_strided)
       that(t.size(1) == 1 || t.stride(1) == 1, name, " has stride ", t.stride(1), " in dimension 1, want 1");
     else
@@ -73,7 +54,7 @@ class Check {
     if (p == 0.0) return d;
     that(seed.has_value(), "seed is None, want an int64 tensor of one element because p is ", p);
     that(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed has shape ",
-         shape_text(*seed), ", want an int64 CPU tensor of one element");
+         Shape{*seed}, ", want an int64 CPU tensor of one element");
     d.on = true;
     d.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
     const double rounded = p * 65536.0 + 0.5;
@@ -91,7 +72,7 @@ class Check {
 };
 
 inline Tensor empty_f32(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, shape, ScalarType::Float);
+  return empty(like, shape, ScalarType::Float);
 }
 inline Matrix f32_matrix(const Tensor& t) { return {t.mutable_data_ptr(), Dtype::f32, t.stride(0), 1}; }
 

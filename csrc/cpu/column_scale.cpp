@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> column_scale_backward(const Tensor& dy, const std::op
     check.dtype("x", *x, dy.scalar_type());
     op.x = check.matrix("x", *x);
   }
-  Tensor dx = need_dx ? torch::stable::new_empty(dy, {op.m, op.c}) : torch::stable::new_empty(dy, {0});
+  Tensor dx = need_dx ? empty(dy, {op.m, op.c}) : empty(dy, {0});
   Tensor ds = empty_f32(dy, {x.has_value() ? op.c : 0});
   if (need_dx) op.out = check.matrix("dx", dx);
   if (x.has_value()) op.ds = ds.mutable_data_ptr<float>();

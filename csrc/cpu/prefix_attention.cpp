@@ -54,8 +54,7 @@ namespace {
 Heads heads(const Check& check, const char* name, const Tensor& t, int64_t b, int64_t h, int64_t n, int64_t d) {
   check.dims(name, t, 4);
   check.that(t.is_cpu(), name, " is not on the CPU");
-  check.that(t.size(0) == b && t.size(1) == h && t.size(2) == n && t.size(3) == d, name, " has shape ", shape_text(t),
-             ", want ", shape_text({b, h, n, d}));
+  check.that(has_shape(t, {b, h, n, d}), name, " has shape ", Shape{t}, ", want ", Wanted{{b, h, n, d}});
   check.that(d == 1 || t.stride(3) == 1, name, " has stride ", t.stride(3), " in dimension 3, want 1");
   return {const_cast<void*>(t.const_data_ptr()), check.floating(name, t), t.stride(0), t.stride(1), t.stride(2)};
 }
@@ -80,8 +79,8 @@ Attention attention_args(const Check& check, const Tensor& q, const Tensor& k, c
     check.that(same->scalar_type() == q.scalar_type(), "k, v, pk and pv want the dtype of q");
   if (mask.has_value()) {
     check.dims("mask", *mask, 4);
-    check.that(mask->size(0) == op.b && mask->size(1) == op.hq && mask->size(2) == op.s && mask->size(3) == op.l,
-               "mask has shape ", shape_text(*mask), ", want ", shape_text({op.b, op.hq, op.s, op.l}));
+    check.that(has_shape(*mask, {op.b, op.hq, op.s, op.l}), "mask has shape ", Shape{*mask}, ", want ",
+               Wanted{{op.b, op.hq, op.s, op.l}});
     check.that(op.l == 1 || mask->stride(3) == 1, "mask has stride ", mask->stride(3), " in dimension 3, want 1");
     op.mask_is_bool = mask->scalar_type() == ScalarType::Bool;
     if (!op.mask_is_bool) check.dtype("mask", *mask, ScalarType::Float);
@@ -97,7 +96,7 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(const Tensor& q, const Tenso
                                                     double scale, double p, const std::optional<Tensor>& seed) {
   const Check check("prefix_attention_forward");
   Attention op = attention_args(check, q, k, v, pk, pv, mask, causal, scale, p, seed);
-  Tensor out = torch::stable::new_empty(q, {op.b, op.hq, op.s, op.d});
+  Tensor out = empty(q, {op.b, op.hq, op.s, op.d});
   Tensor norm = empty_f32(q, {2, op.b, op.hq, op.s});
   op.out = heads(check, "out", out, op.b, op.hq, op.s, op.d);
   op.top = norm.mutable_data_ptr<float>(), op.sum = op.top + op.b * op.hq * op.s;
@@ -117,9 +116,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
   check.shape("norm", norm, {2, op.b, op.hq, op.s});
   check.dtype("norm", norm, ScalarType::Float);
   op.top = const_cast<float*>(norm.const_data_ptr<float>()), op.sum = op.top + op.b * op.hq * op.s;
-  Tensor dq = torch::stable::new_empty(q, {op.b, op.hq, op.s, op.d});
-  Tensor dk = torch::stable::new_empty(q, {op.b, op.hkv, op.l, op.d});
-  Tensor dv = torch::stable::new_empty(q, {op.b, op.hkv, op.l, op.d});
+  Tensor dq = empty(q, {op.b, op.hq, op.s, op.d});
+  Tensor dk = empty(q, {op.b, op.hkv, op.l, op.d});
+  Tensor dv = empty(q, {op.b, op.hkv, op.l, op.d});
   Tensor dpk = empty_f32(q, {op.b, op.hkv, op.t, op.d}), dpv = empty_f32(q, {op.b, op.hkv, op.t, op.d});
   op.dq = heads(check, "dq", dq, op.b, op.hq, op.s, op.d);
   op.dk = heads(check, "dk", dk, op.b, op.hkv, op.l, op.d);

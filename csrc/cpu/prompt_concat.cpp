@@ -100,11 +100,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_concat_forward(const std::opti
     check.shape("labels", *labels, {n.batch, n.length});
     check.dtype("labels", *labels, ScalarType::Long);
   }
-  Tensor out = torch::stable::new_empty(source, {n.batch, n.out(), n.hidden});
-  Tensor mask_out = torch::stable::new_empty(mask, {n.batch, n.out()});
-  Tensor positions = torch::stable::new_empty(mask, {n.batch, n.out()});
-  Tensor labels_out =
-      labels.has_value() ? torch::stable::new_empty(mask, {n.batch, n.out()}) : torch::stable::new_empty(mask, {0});
+  Tensor out = empty(source, {n.batch, n.out(), n.hidden});
+  Tensor mask_out = empty(mask, {n.batch, n.out()});
+  Tensor positions = empty(mask, {n.batch, n.out()});
+  Tensor labels_out = labels.has_value() ? empty(mask, {n.batch, n.out()}) : empty(mask, {0});
   with_dtype(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     Buffer<T> rows(n.prompt * n.hidden);
@@ -163,8 +162,7 @@ std::tuple<Tensor, Tensor> prompt_concat_backward(const Tensor& dout, const Tens
   check.dtype("mask", mask, ScalarType::Long);
   const Dtype type = check.floating("dout", dout);
   Tensor d_prompt = empty_f32(dout, {n.prompt, n.hidden});
-  Tensor d_embeds =
-      need_embeds ? torch::stable::new_empty(dout, {n.batch, n.length, n.hidden}) : torch::stable::new_empty(dout, {0});
+  Tensor d_embeds = need_embeds ? empty(dout, {n.batch, n.length, n.hidden}) : empty(dout, {0});
   with_dtype(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const T* from = static_cast<const T*>(dout.const_data_ptr());

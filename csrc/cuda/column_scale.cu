@@ -160,7 +160,7 @@ void scale(Matrix<const T> x, const Scale& s, Matrix<T> y, int64_t m, int64_t c,
 
 void column_scale_forward(const Tensor& x, const Tensor& s, const Tensor& y) {
   constexpr const char* kOp = "column_scale_forward";
-  that(x.dim() == 2, std::string(kOp) + ": x has shape " + shape_text(x) + ", want [M, C]");
+  that(x.dim() == 2, kOp, "x has shape ", Shape{x}, ", want [M, C]");
   const int64_t m = x.size(0), c = x.size(1);
   check_tensor(kOp, "x", x, {m, c}, "x", x, true);
   check_tensor(kOp, "y", y, {m, c}, "x", x);
@@ -189,7 +189,7 @@ void launch_backward(Matrix<const T> dy, Matrix<const T> x, const Scale& s, Matr
   const Launch by(c, WIDTH);
   const int64_t wanted = row_splits(m, by.column_blocks, ds.get_device_index());
   const int64_t rows = (m + wanted - 1) / wanted, splits = (m + rows - 1) / rows;
-  Tensor partial = splits > 1 ? torch::stable::new_empty(ds, {splits, c}) : ds;
+  Tensor partial = splits > 1 ? empty(ds, {splits, c}) : ds;
   const dim3 grid(by.column_blocks, static_cast<unsigned>(splits));
   const size_t shared = size_t{kThreads} * WIDTH * sizeof(float);
   backward_kernel<T, WIDTH><<<grid, by.threads, shared, stream>>>(dy, x, s, dx, data<float>(partial), m, c, rows);
@@ -202,9 +202,9 @@ void launch_backward(Matrix<const T> dy, Matrix<const T> x, const Scale& s, Matr
 std::tuple<Tensor, Tensor> column_scale_backward(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& s,
                                                  bool need_dx) {
   constexpr const char* kOp = "column_scale_backward";
-  that(dy.dim() == 2, std::string(kOp) + ": dy has shape " + shape_text(dy) + ", want [M, C]");
+  that(dy.dim() == 2, kOp, "dy has shape ", Shape{dy}, ", want [M, C]");
   const int64_t m = dy.size(0), c = dy.size(1);
-  that(m > 0 && c > 0, std::string(kOp) + ": dy has shape " + shape_text(dy) + ", want at least one element");
+  that(m > 0 && c > 0, kOp, "dy has shape ", Shape{dy}, ", want at least one element");
   check_tensor(kOp, "dy", dy, {m, c}, "dy", dy, true);
   const Scale factors = scale_of(kOp, s, c, dy);
   if (x.has_value()) {
@@ -212,8 +212,8 @@ std::tuple<Tensor, Tensor> column_scale_backward(const Tensor& dy, const std::op
     check_dtype(kOp, "x", *x, dy.scalar_type());
   }
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
-  Tensor dx = need_dx ? torch::stable::new_empty(dy, {m, c}) : torch::stable::new_empty(dy, {0});
-  Tensor ds = torch::stable::new_empty(dy, {x.has_value() ? c : 0}, ScalarType::Float);
+  Tensor dx = need_dx ? empty(dy, {m, c}) : empty(dy, {0});
+  Tensor ds = empty(dy, {x.has_value() ? c : 0}, ScalarType::Float);
   const cudaStream_t stream = stream_of(dy);
   with_dtype(kOp, "dy", dy, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;

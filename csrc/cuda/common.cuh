@@ -1,5 +1,4 @@
-// What the CUDA ops share: conversions, argument checks, launches. On the LibTorch stable ABI, so that one binary
-// serves every torch >= 2.10 and compiles against a CPU build of it.
+// What the CUDA ops share: conversions, argument checks, launches. Compiles against a CPU build of torch, too.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,24 +6,19 @@
 #include <cuda_runtime.h>
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cassert>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <type_traits>
 
+#include "../tensor.h"
+
 namespace peftkern {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
@@ -38,39 +32,27 @@ __device__ inline void from_float(float x, float* out) { *out = x; }
 __device__ inline void from_float(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
 __device__ inline void from_float(float x, __half* out) { *out = __float2half_rn(x); }
 
-inline void that(bool ok, const std::string& message) { STD_TORCH_CHECK(ok, message); }
-
-inline std::string shape_text(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
+template <class... Words>
+void that(bool ok, const char* op, const Words&... words) {
+  STD_TORCH_CHECK(ok, op, ": ", words...);
 }
 
 // A tensor of this shape on the device of `like`; rows may be strided if `row_strided`, everything else is contiguous.
 inline void check_tensor(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want,
                          const char* like_name, const Tensor& like, bool row_strided = false) {
-  const std::string who = std::string(op) + ": " + name;
-  that(t.is_cuda() && t.get_device_index() == like.get_device_index(),
-       who + " is not on the CUDA device of " + like_name);
-  bool same = t.dim() == static_cast<int64_t>(want.size());
-  std::string text = "[";
-  int64_t i = 0;
-  for (int64_t n : want) {
-    text += (i ? ", " : "") + std::to_string(n);
-    same = same && i < t.dim() && t.size(i) == n;
-    ++i;
-  }
-  that(same, who + " has shape " + shape_text(t) + ", want " + text + "]");
+  that(t.is_cuda() && t.get_device_index() == like.get_device_index(), op, name, " is not on the CUDA device of ",
+       like_name);
+  that(has_shape(t, want), op, name, " has shape ", Shape{t}, ", want ", Wanted{want});
   if (row_strided)
-    that(t.size(1) == 1 || t.stride(1) == 1, who + " has stride " + std::to_string(t.stride(1)) + ", want 1");
+    that(t.size(1) == 1 || t.stride(1) == 1, op, name, " has stride ", t.stride(1), ", want 1");
   else
-    that(t.is_contiguous(), who + " is not contiguous");
+    that(t.is_contiguous(), op, name, " is not contiguous");
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
-  that(t.scalar_type() == want, std::string(op) + ": " + name + " has dtype " +
-                                    torch::headeronly::toString(t.scalar_type()) + ", want " +
-                                    torch::headeronly::toString(want));
+  const ScalarType type = t.scalar_type();
+  that(type == want, op, name, " has dtype ", torch::headeronly::toString(type), ", want ",
+       torch::headeronly::toString(want));
 }
 
 template <class F>
@@ -83,8 +65,8 @@ void with_dtype(const char* op, const char* name, const Tensor& t, const F& f) {
     case ScalarType::Half:
       return f(static_cast<__half*>(nullptr));
     default:
-      that(false, std::string(op) + ": " + name + " has dtype " + torch::headeronly::toString(t.scalar_type()) +
-                      ", want Float, BFloat16 or Half");
+      that(false, op, name, " has dtype ", torch::headeronly::toString(t.scalar_type()),
+           ", want Float, BFloat16 or Half");
   }
 }
 

@@ -159,7 +159,7 @@ template <class F>
 void with_code(int64_t code, const F& f) {
   if (code == 0) return f(static_cast<float*>(nullptr));
   if (code == 1) return f(static_cast<__nv_bfloat16*>(nullptr));
-  that(code == 2, std::string(kOp) + ": dtype code " + std::to_string(code) + ", want 0, 1 or 2");
+  that(code == 2, kOp, "dtype code ", code, ", want 0, 1 or 2");
   f(static_cast<__half*>(nullptr));
 }
 
@@ -190,10 +190,8 @@ Tensor multi_low_rank_forward(const Tensor& x, const Tensor& table, const Tensor
                               int64_t ranks, int64_t dtype, bool addresses_aligned, double p,
                               const std::optional<Tensor>& seed) {
   (void)seed;
-  const std::string who = std::string(kOp) + ": ";
-  that(p == 0.0, who + "p is " + std::to_string(p) + ", and this kernel has no dropout");
-  that(x.dim() == 2 && y.dim() == 2 && table.dim() == 2 && index.dim() == 1,
-       who + "want x, y, table 2-D and index 1-D");
+  that(p == 0.0, kOp, "p is ", p, ", and this kernel has no dropout");
+  that(x.dim() == 2 && y.dim() == 2 && table.dim() == 2 && index.dim() == 1, kOp, "want x, y, table 2-D and index 1-D");
   const int64_t m = x.size(0), k = x.size(1), n = y.size(1), adapters = table.size(0), entries = index.size(0);
   check_tensor(kOp, "x", x, {m, k}, "x", x, true);
   check_tensor(kOp, "y", y, {m, n}, "x", x);
@@ -202,15 +200,15 @@ Tensor multi_low_rank_forward(const Tensor& x, const Tensor& table, const Tensor
   check_dtype(kOp, "y", y, x.scalar_type());
   check_dtype(kOp, "table", table, ScalarType::Long);
   check_dtype(kOp, "index", index, ScalarType::Long);
-  that(m > 0 && k > 0 && n > 0 && most > 0 && adapters > 0, who + "empty problems are the caller's");
-  that(entries > 0 && m % entries == 0, who + "index does not divide the rows of x");
-  that((n + kThreads - 1) / kThreads < 65536 && most < 65536 && m <= kMostRows, who + "M, N or R is too large");
+  that(m > 0 && k > 0 && n > 0 && most > 0 && adapters > 0, kOp, "empty problems are the caller's");
+  that(entries > 0 && m % entries == 0, kOp, "index does not divide the rows of x");
+  that((n + kThreads - 1) / kThreads < 65536 && most < 65536 && m <= kMostRows, kOp, "M, N or R is too large");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = stream_of(x);
-  Tensor h = torch::stable::new_empty(x, {m, most}, ScalarType::Float);
+  Tensor h = empty(x, {m, most}, ScalarType::Float);
   const cudaError_t cleared =
       cudaMemsetAsync(h.mutable_data_ptr(), 0, static_cast<size_t>(m * most) * sizeof(float), stream);
-  that(cleared == cudaSuccess, who + cudaGetErrorString(cleared));
+  that(cleared == cudaSuccess, kOp, cudaGetErrorString(cleared));
   const Problem op{m, k, n, most, x.stride(0), m / entries, data<int64_t>(table), data<int64_t>(index)};
   const bool x_aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % kVectorBytes == 0 && x.stride(0) % kPiece == 0;
   const bool vector_k = addresses_aligned && k % kPiece == 0 && x_aligned;

@@ -180,7 +180,7 @@ __global__ void start_kernel(const int64_t* mask, Sizes n, int64_t* start) {
 // ---- host
 
 Sizes check_mask(const char* op, const Tensor& mask, int64_t prompt, int64_t hidden) {
-  that(mask.dim() == 2, std::string(op) + ": mask has shape " + shape_text(mask) + ", want [B, S]");
+  that(mask.dim() == 2, op, "mask has shape ", Shape{mask}, ", want [B, S]");
   check_tensor(op, "mask", mask, {mask.size(0), mask.size(1)}, "the mask", mask);
   check_dtype(op, "mask", mask, ScalarType::Long);
   return {mask.size(0), mask.size(1), prompt, hidden};
@@ -203,11 +203,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_concat_forward(const std::opti
                                                                  const Tensor& prompt, const Tensor& mask,
                                                                  const std::optional<Tensor>& labels) {
   constexpr const char* kOp = "prompt_concat_forward";
-  that(prompt.dim() == 2, std::string(kOp) + ": prompt has shape " + shape_text(prompt) + ", want [T, H]");
+  that(prompt.dim() == 2, kOp, "prompt has shape ", Shape{prompt}, ", want [T, H]");
   const Sizes n = check_mask(kOp, mask, prompt.size(0), prompt.size(1));
   check_tensor(kOp, "prompt", prompt, {n.prompt, n.hidden}, "the mask", mask);
   if (ids.has_value()) {
-    that(source.dim() == 2, std::string(kOp) + ": table has shape " + shape_text(source) + ", want [V, H]");
+    that(source.dim() == 2, kOp, "table has shape ", Shape{source}, ", want [V, H]");
     check_tensor(kOp, "table", source, {source.size(0), n.hidden}, "the mask", mask);
     check_tensor(kOp, "ids", *ids, {n.batch, n.length}, "the mask", mask);
     check_dtype(kOp, "ids", *ids, ScalarType::Long);
@@ -219,12 +219,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_concat_forward(const std::opti
     check_dtype(kOp, "labels", *labels, ScalarType::Long);
   }
   const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
-  Tensor out = torch::stable::new_empty(source, {n.batch, n.out(), n.hidden});
-  Tensor start = torch::stable::new_empty(mask, {n.batch});
-  Tensor mask_out = torch::stable::new_empty(mask, {n.batch, n.out()});
-  Tensor positions = torch::stable::new_empty(mask, {n.batch, n.out()});
-  Tensor labels_out =
-      labels.has_value() ? torch::stable::new_empty(mask, {n.batch, n.out()}) : torch::stable::new_empty(mask, {0});
+  Tensor out = empty(source, {n.batch, n.out(), n.hidden});
+  Tensor start = empty(mask, {n.batch});
+  Tensor mask_out = empty(mask, {n.batch, n.out()});
+  Tensor positions = empty(mask, {n.batch, n.out()});
+  Tensor labels_out = labels.has_value() ? empty(mask, {n.batch, n.out()}) : empty(mask, {0});
   const cudaStream_t stream = stream_of(mask);
   if (n.batch > 0) {
     rows_kernel<<<blocks_for(n.batch, 1), kThreads, 0, stream>>>(
@@ -271,15 +270,14 @@ void launch_backward(const Tensor& dout, const Tensor& start, const Sizes& n, co
 std::tuple<Tensor, Tensor> prompt_concat_backward(const Tensor& dout, const Tensor& mask, int64_t prompt_length,
                                                   bool need_embeds) {
   constexpr const char* kOp = "prompt_concat_backward";
-  that(dout.dim() == 3, std::string(kOp) + ": dout has shape " + shape_text(dout) + ", want [B, T + S, H]");
-  that(prompt_length >= 0, std::string(kOp) + ": T is " + std::to_string(prompt_length) + ", want at least 0");
+  that(dout.dim() == 3, kOp, "dout has shape ", Shape{dout}, ", want [B, T + S, H]");
+  that(prompt_length >= 0, kOp, "T is ", prompt_length, ", want at least 0");
   const Sizes n = check_mask(kOp, mask, prompt_length, dout.size(2));
   check_tensor(kOp, "dout", dout, {n.batch, n.out(), n.hidden}, "the mask", mask);
   const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
-  Tensor start = torch::stable::new_empty(mask, {n.batch});
-  Tensor d_prompt = torch::stable::new_empty(dout, {n.prompt, n.hidden}, ScalarType::Float);
-  Tensor d_embeds =
-      need_embeds ? torch::stable::new_empty(dout, {n.batch, n.length, n.hidden}) : torch::stable::new_empty(dout, {0});
+  Tensor start = empty(mask, {n.batch});
+  Tensor d_prompt = empty(dout, {n.prompt, n.hidden}, ScalarType::Float);
+  Tensor d_embeds = need_embeds ? empty(dout, {n.batch, n.length, n.hidden}) : empty(dout, {0});
   const cudaStream_t stream = stream_of(mask);
   if (n.batch > 0) {
     start_kernel<<<blocks_for(n.batch, kThreads / kWarp), kThreads, 0, stream>>>(data<int64_t>(mask), n,

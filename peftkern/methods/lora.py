@@ -128,13 +128,13 @@ class LoRA(LayerAdapter):
             update = self.scale * self.embed_scale * (hidden @ self.b.T)
             return y + update.to(y.dtype) if c is None else (c * (y + update)).to(y.dtype)
         p = self.p if self.training else 0.0
-        linear = base.linear
+        a, b, linear = _parameter(self, "a"), _parameter(self, "b"), base.linear
         if linear is None:
             bias = None if c is None else self.base.bias
-            y = ops.low_rank(x, self.a, self.b, scale=self.scale, base_out=base(x), bias=bias, column_scale=c, p=p)
+            y = ops.low_rank(x, a, b, scale=self.scale, base_out=base(x), bias=bias, column_scale=c, p=p)
         else:
             weight, bias = linear
-            y = ops.low_rank(x, self.a, self.b, scale=self.scale, weight=weight, bias=bias, column_scale=c, p=p)
+            y = ops.low_rank(x, a, b, scale=self.scale, weight=weight, bias=bias, column_scale=c, p=p)
         return y if self.b_bias is None else y + (self.scale * self.b_bias).to(y.dtype)
 
     def merge(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -160,7 +160,7 @@ class LoRA(LayerAdapter):
     @classmethod
     def forward_mixed(cls, adapters: Sequence[LoRA], index: Tensor, base: BaseLayer, x: Tensor) -> Tensor:  # type: ignore[override]
         """All rows in one op: the base's product once, each A and B read once."""
-        a, b = _weights(adapters, "a"), _weights(adapters, "b")
+        a, b = ([_parameter(one, name) for one in adapters] for name in ("a", "b"))
         scales, p = [one.scale for one in adapters], adapters[0].p if adapters[0].training else 0.0
         linear = base.linear
         if linear is None:
@@ -215,9 +215,9 @@ def _pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
     return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)), default)
 
 
-def _weights(adapters: Sequence[LoRA], name: str) -> list[Tensor]:
-    """One parameter of each; nn.Module's own look-up costs ten times as much, which shows with many adapters."""
+def _parameter(adapter: LoRA, name: str) -> Tensor:
+    """The attribute of this name; nn.Module's own look-up costs ten times as much, which shows in small calls."""
     try:
-        return [adapter._parameters[name] for adapter in adapters]  # type: ignore[misc]
+        return adapter._parameters[name]  # type: ignore[return-value]
     except KeyError:  # parametrised
-        return [getattr(adapter, name) for adapter in adapters]
+        return getattr(adapter, name)  # type: ignore[no-any-return]

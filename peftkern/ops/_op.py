@@ -87,7 +87,7 @@ def autograd(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*args)
-        if not torch.is_grad_enabled() or not requires_grad(*args):
+        if not torch.is_grad_enabled():
             return forward(*args)
         if not has_lists:
             return function.apply(*args)  # type: ignore[no-untyped-call]
@@ -239,6 +239,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that F.linear would compute in for x: x's own, or autocast's."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
     return x.dtype

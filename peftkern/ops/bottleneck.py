@@ -13,7 +13,7 @@ from torch import Tensor
 from peftkern.errors import near
 from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, rows
-from peftkern.ops._operands import chained
+from peftkern.ops._operands import sizes
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -78,14 +78,14 @@ def bottleneck(
     Saves x, the pre-activation [M, R] in f32 and the seed; the dropout mask is regenerated in backward.
     Raises ValueError for shapes that do not chain, an unknown activation and p outside [0, 1).
     """
-    _check(x, down, up, down_bias, up_bias, residual, activation)
+    m, k, n, r = _check(x, down, up, down_bias, up_bias, residual, activation)
     check_probability(p)
     own = residual is x and norm_weight is None
     x = cast(x, autocast_dtype(x))
     if p > 0.0 and seed is None:
         seed = new_seed(x.device)
-    backend = choose("bottleneck", x, down, M=math.prod(x.shape[:-1]), K=down.shape[1], N=up.shape[0], R=down.shape[0])
-    if backend == "reference" or min(*down.shape, *up.shape) == 0:
+    backend = choose("bottleneck", x, down, M=m, K=k, N=n, R=r)
+    if backend == "reference" or k == 0 or n == 0 or r == 0:
         return reference(
             x,
             down,
@@ -240,11 +240,9 @@ def _check(
     up_bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
-) -> None:
-    if not chained(x, down, up):
-        shapes = f"x {tuple(x.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)}"
-        raise ValueError(f"{shapes}: want x [..., K], down [R, K], up [N, R]")
-    n, r = up.shape
+) -> tuple[int, int, int, int]:
+    """M, K, N, R."""
+    m, k, n, r = sizes(x, down, up, "x, down, up")
     if down_bias is not None and down_bias.shape != (r,):
         raise ValueError(f"down_bias {tuple(down_bias.shape)}: want [R] = {(r,)}")
     if up_bias is not None and up_bias.shape != (n,):
@@ -255,6 +253,7 @@ def _check(
         raise ValueError(
             f"activation {activation!r}{near(activation, ACTIVATIONS)}: want one of {', '.join(ACTIVATIONS)}"
         )
+    return m, k, n, r
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from peftkern import dispatch
 from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, requires_grad, rows, tracked
-from peftkern.ops._operands import chained, check_base
+from peftkern.ops._operands import check_base, sizes
 from peftkern.ops._scales import epilogue, operands, unfolded
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
@@ -97,7 +97,7 @@ def low_rank(
     A `weight` or `bias` that requires grad gets its gradient through the plain linear layer.
     Raises ValueError for shapes that do not chain and for p outside [0, 1).
     """
-    _check(x, a, b, weight, bias, base_out, column_scale, rank_scale, update_scale)
+    m, k, n, r = _check(x, a, b, weight, bias, base_out, column_scale, rank_scale, update_scale)
     check_probability(p)
     x = cast(x, autocast_dtype(x))
     if p > 0.0 and seed is None:
@@ -112,10 +112,11 @@ def low_rank(
         base_out, weight = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None
         bias = bias if column_scale is not None else None
     scales = column_scale, rank_scale, update_scale
-    sizes = _sizes(x, a, b, p, *scales)
-    backend, (r, k), n = choose("low_rank", x, a, **sizes), a.shape, b.shape[0]
+    plain = p == 0.0 and column_scale is None and rank_scale is None and update_scale is None
+    plain = plain and x.dtype == a.dtype == b.dtype
+    backend = choose("low_rank", x, a, M=m, K=k, N=n, R=r, plain=plain)
     if backend == "reference" or r == 0 or k == 0 or n == 0:
-        if sizes["plain"] and r > 0 and k > 0:
+        if plain and r > 0 and k > 0:
             return _three_products(x, a, b, scale, weight, bias, base_out)
         return reference(
             x, a, b, scale=scale, weight=weight, bias=bias, base_out=base_out, column_scale=column_scale,
@@ -145,20 +146,11 @@ def _three_products(
     hidden = F.linear(x, a)
     if base_out is None:
         return scale * F.linear(hidden, b)
-    if base_out.dtype == x.dtype and not tracked():
-        y = torch.addmm(rows(base_out), rows(hidden), b.T, alpha=scale)
-        return y if x.dim() == 2 else y.view(base_out.shape)
+    if not tracked() and _writable(base_out, x):
+        rows(base_out).addmm_(rows(hidden), b.T, alpha=scale)
+        return base_out
     # Backward multiplies by the scale once here, and twice after addmm.
     return torch.add(base_out, cast(F.linear(hidden, b), base_out.dtype), alpha=scale)
-
-
-def _sizes(
-    x: Tensor, a: Tensor, b: Tensor, p: float, column_scale: Tensor | None, rank_scale: Tensor | None,
-    update_scale: Tensor | None,
-) -> dict[str, int]:  # fmt: skip
-    plain = p == 0.0 and column_scale is None and rank_scale is None and update_scale is None
-    plain = plain and x.dtype == a.dtype == b.dtype
-    return {"M": math.prod(x.shape[:-1]), "K": a.shape[1], "N": b.shape[0], "R": a.shape[0], "plain": plain}
 
 
 _WORTH_A_CALL = {torch.float32: 1 << 16, torch.bfloat16: 1 << 10, torch.float16: 1 << 10}
@@ -393,13 +385,10 @@ def _check(
     column_scale: Tensor | None,
     rank_scale: Tensor | None,
     update_scale: Tensor | None,
-) -> None:
-    if not chained(x, a, b):
-        raise ValueError(
-            f"x {tuple(x.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}: want x [..., K], a [R, K], b [N, R]"
-        )
-    n, r = b.shape
-    check_base(x.shape[:-1], a.shape[1], n, weight, base_out)
+) -> tuple[int, int, int, int]:
+    """M, K, N, R."""
+    m, k, n, r = sizes(x, a, b)
+    check_base(x, k, n, weight, base_out)
     inside = weight is not None or (base_out is not None and column_scale is not None)
     if bias is not None and (not inside or bias.shape != (n,)):
         raise ValueError(
@@ -409,6 +398,7 @@ def _check(
     for name, vector, letter, size in (columns, ("update_scale", update_scale, "N", n), ranks):
         if vector is not None and vector.shape != (size,):
             raise ValueError(f"{name} {tuple(vector.shape)}: want [{letter}] = {(size,)}")
+    return m, k, n, r
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:

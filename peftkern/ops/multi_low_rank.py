@@ -267,7 +267,7 @@ def _check(
             f"index {index.dtype} {tuple(index.shape)}: want int64 in the shape of x's leading dimensions "
             f"{tuple(lead)} or of the first of them"
         )
-    check_base(lead, k, n, weight, base_out)
+    check_base(x, k, n, weight, base_out)
     if bias is not None and (weight is None or bias.shape != (n,)):
         raise ValueError(f"bias {tuple(bias.shape)}: want [N] = {(n,)}, together with weight")
     return least

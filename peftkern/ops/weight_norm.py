@@ -11,7 +11,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autograd, choose, kernel
-from peftkern.ops._operands import chained
 
 
 def reference(weight: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -182,7 +181,8 @@ _differentiable = autograd(
 
 
 def _check(weight: Tensor, a: Tensor, b: Tensor) -> None:
-    if weight.dim() != 2 or not chained(weight, a, b) or weight.shape[0] != b.shape[0]:
+    two = weight.dim() == a.dim() == b.dim() == 2
+    if not two or weight.shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
         shapes = f"weight {tuple(weight.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}"
         raise ValueError(f"{shapes}: want weight [N, K], a [R, K], b [N, R]")
 
