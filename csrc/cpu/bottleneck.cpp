@@ -10,12 +10,11 @@ namespace peftkern {
 
 enum class Activation : int { relu, gelu, silu, tanh };
 
-// x, dx [M, K] and y, dy, residual [M, N] of one dtype; down [R, K], up [N, R] of another; pre and the gradients of
-// the weights f32. Absent tensors have no data.
+// x, dx [M, K] and y, dy, residual [M, N] of one dtype; down [R, K], up [N, R] and all their gradients of another; pre
+// f32. Absent tensors have no data.
 struct Bottleneck {
   int64_t m, k, n, r;
-  Matrix x, down, up, residual, y, pre, dy, dx, d_down, d_up;
-  float *d_down_bias, *d_up_bias;
+  Matrix x, down, up, residual, y, pre, dy, dx, d_down, d_up, d_down_bias, d_up_bias;
   std::vector<float> down_bias, up_bias;  // f32, empty if absent; up_bias padded with zeros
   Activation act;
   float scale;
@@ -116,10 +115,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(const Ten
   op.dy = check.matrix("dy", dy), op.pre = f32_matrix(pre), op.add_dy = add_dy;
   Tensor dx = need_dx ? empty(x, {op.m, op.k}) : empty(x, {0});
   if (need_dx) op.dx = check.matrix("dx", dx);
-  Tensor d_down = empty_f32(x, {op.r, op.k}), d_up = empty_f32(x, {op.n, op.r});
-  Tensor d_down_bias = empty_f32(x, {op.r}), d_up_bias = empty_f32(x, {op.n});
-  op.d_down = f32_matrix(d_down), op.d_up = f32_matrix(d_up);
-  op.d_down_bias = d_down_bias.mutable_data_ptr<float>(), op.d_up_bias = d_up_bias.mutable_data_ptr<float>();
+  Tensor d_down = empty(down, {op.r, op.k}), d_up = empty(up, {op.n, op.r});
+  Tensor d_down_bias = empty(down, {op.r}), d_up_bias = empty(up, {op.n});
+  op.d_down = check.matrix("d_down", d_down), op.d_up = check.matrix("d_up", d_up);
+  op.d_down_bias = check.matrix("d_down_bias", d_down_bias), op.d_up_bias = check.matrix("d_up_bias", d_up_bias);
   PEFTKERN_CALL(bottleneck_backward, op);
   return {dx, d_down, d_down_bias, d_up, d_up_bias};
 }
@@ -271,7 +270,7 @@ void backward_cols(const Bottleneck& op, const Half<Lane>& half) {
   constexpr int64_t kBlock = kColBlock<T>;
   const float scale = op.scale * op.drop.inverse_keep;
   auto columns = [&](const Matrix& wide, int64_t cols, const TallPack<Lane>& small, bool masked, const Matrix& out,
-                     float a, float* bias) {
+                     float a, const Matrix* bias) {
     for_tasks(ceil_div(cols, kBlock), op.m * kBlock * op.r, [&](int64_t begin, int64_t end) {
       Outer<Lane, T> outer(small);
       for (int64_t c0 = begin * kBlock; c0 < end * kBlock; c0 += kBlock) {
@@ -281,13 +280,12 @@ void backward_cols(const Bottleneck& op, const Half<Lane>& half) {
           const uint8_t* bits = masked ? half.bits.get() + m * half.ldb + c0 / 8 : nullptr;
           outer.add(wide.as<const T>(), wide.row, m, rows, c0, cols, bits, half.ldb);
         }
-        outer.write(op.r, c0, cols, a, out);
-        if (bias)
-          for (int64_t j = 0; j < kBlock && c0 + j < cols; ++j) bias[c0 + j] = a * outer.row(op.r)[j];
+        outer.write(0, op.r, c0, cols, a, out);
+        if (bias) outer.write(op.r, 1, c0, cols, a, *bias);
       }
     });
   };
-  columns(op.dy, op.n, half.z, op.drop.on, op.d_up.transposed(), scale, op.d_up_bias);
+  columns(op.dy, op.n, half.z, op.drop.on, op.d_up.transposed(), scale, &op.d_up_bias);
   columns(op.x, op.k, half.dpre, false, op.d_down, 1.0f, nullptr);
 }
 
@@ -295,9 +293,13 @@ template <class Lane, class T>
 void backward(const Bottleneck& op) {
   Half<Lane> half(op);
   backward_rows<Lane, T>(op, half);
-  for (int64_t j = 0; j < op.r; ++j) op.d_down_bias[j] = 0.0f;
+  Buffer<float> sums(op.r);
+  for (int64_t j = 0; j < op.r; ++j) sums.get()[j] = 0.0f;
   for (int64_t i = 0; i < ceil_div(op.m, kRowChunk); ++i)
-    for (int64_t j = 0; j < op.r; ++j) op.d_down_bias[j] += half.bias_sums.get()[i * op.r + j];
+    for (int64_t j = 0; j < op.r; ++j) sums.get()[j] += half.bias_sums.get()[i * op.r + j];
+  with_dtype(op.d_down_bias.dtype, [&](auto* p) {
+    write_line(sums.get(), op.r, 1.0f, op.d_down_bias.as<std::remove_pointer_t<decltype(p)> >());
+  });
   backward_cols<Lane, T>(op, half);
 }
 

@@ -174,7 +174,7 @@ void backward_b(const LowRank& op) {
           column_dots(op.dy.as<const T>() + m * op.dy.row + c0, op.dy.row, op.base.as<const T>() + m * op.base.row + c0,
                       op.base.row, rows, op.n - c0, dots);
       }
-      outer.write(op.r, c0, op.n, op.scale, op.db.transposed());
+      outer.write(0, op.r, c0, op.n, op.scale, op.db.transposed());
       if (op.base_dot)
         for (int64_t i = 0; i < kBlock && c0 + i < op.n; ++i) op.base_dot[c0 + i] = dots[i];
     }
@@ -207,7 +207,7 @@ void backward_ax(const LowRank& op, const float* dh, const TallPack<Lane>& tall,
           expand(rows_dh.get() + m * a.depth, rows, a, panel, panels, op.k, to);
         }
       }
-      if (op.da.data) outer.write(op.r, c0, op.k, op.drop.inverse_keep, op.da);
+      if (op.da.data) outer.write(0, op.r, c0, op.k, op.drop.inverse_keep, op.da);
     }
   });
 }

@@ -133,6 +133,14 @@ void outer_tile(const Lane* small, int64_t lds, Wide wide, int64_t depth, float*
     }
 }
 
+template <class P>
+void write_line(const float* from, int64_t n, float scale, P* to) {
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const vf value = n - j < kLanes ? load_part(from + j, n - j) : load(from + j);
+    store_columns(to, value * splat(scale), j, n);
+  }
+}
+
 // The column sums of one block of kColBlock columns, built up over chunks of rows. One per thread.
 template <class Lane, class T>
 class Outer {
@@ -165,17 +173,21 @@ class Outer {
     tiles(m, rows, [&](int64_t c) { return Packed<Lane>{stage_.get() + c, kColBlock<T>}; });
   }
 
-  // out[r, c0 : ...] = scale * sums of row r, for r < n.
-  void write(int64_t n, int64_t c0, int64_t cols, float scale, const Matrix& out) const {
+  // out[r, c0 : ...] = scale * sums of row r0 + r, for r < n; out lies row by row or column by column.
+  void write(int64_t r0, int64_t n, int64_t c0, int64_t cols, float scale, const Matrix& out) const {
     const int64_t width = cols - c0 < kColBlock<T> ? cols - c0 : kColBlock<T>;
-    float* to = out.as<float>() + c0 * out.col;
-    if (out.col == 1) {
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t j = 0; j < width; ++j) to[i * out.row + j] = scale * row(i)[j];
-    } else {
-      for (int64_t j = 0; j < width; ++j)
-        for (int64_t i = 0; i < n; ++i) to[j * out.col + i * out.row] = scale * row(i)[j];
-    }
+    with_dtype(out.dtype, [&](auto* p) {
+      auto* to = out.as<std::remove_pointer_t<decltype(p)>>() + c0 * out.col;
+      if (out.col == 1) {
+        for (int64_t i = 0; i < n; ++i) write_line(row(r0 + i), width, scale, to + i * out.row);
+      } else {
+        Buffer<float> line(n);
+        for (int64_t j = 0; j < width; ++j) {
+          for (int64_t i = 0; i < n; ++i) line.get()[i] = row(r0 + i)[j];
+          write_line(line.get(), n, scale, to + j * out.col);
+        }
+      }
+    });
   }
   const float* row(int64_t r) const { return sums_.get() + r * kColBlock<T>; }
 

@@ -201,7 +201,7 @@ void times_up(const WeightNorm& op) {
         const int64_t rows = op.p - m < kOuterRows ? op.p - m : kOuterRows;
         outer.add(op.wide.as<const T>(), op.wide.row, m, rows, c0, op.q, nullptr, 0);
       }
-      outer.write(op.r, c0, op.q, 1.0f, op.right);
+      outer.write(0, op.r, c0, op.q, 1.0f, op.right);
     }
   });
 }
