@@ -72,7 +72,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **keywords: Any) -> N
         return
     active = triton.runtime.driver.active
     device = active.get_current_device()
-    key = (kernel, device, *keywords.items(), *_seen_by_the_compiler(args))
+    key = (kernel.fn, device, *keywords.items(), *_seen_by_the_compiler(args))
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[grid](*args, **keywords, enable_fp_fusion=True)
@@ -93,18 +93,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **keywords: Any) -> N
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
-def _seen_by_the_compiler(args: tuple[Any, ...]) -> Iterator[Any]:
+def _seen_by_the_compiler(args: tuple[Any, ...]) -> list[Any]:
     """What Triton may compile anew for: types, alignment to 16 bytes, integers that are 1, multiples of 16 or long."""
+    seen: list[Any] = []
     for arg in args:
-        if arg is None:
-            yield None
-        elif type(arg) is int:
-            yield 1 if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31)
-        elif type(arg) is float:
-            yield float
+        kind = type(arg)
+        if kind is int:
+            seen.append("1" if arg == 1 else (arg % 16 == 0) + 2 * (-(2**31) <= arg < 2**31))
+        elif arg is None or kind is float:
+            seen.append(kind)
         else:
-            yield arg.dtype
-            yield arg.data_ptr() % 16 == 0
+            seen.append(arg.dtype)
+            seen.append(arg.data_ptr() % 16 == 0)
+    return seen
 
 
 @contextlib.contextmanager

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ._common import Dropout, hash_rows_kernel
 from ._device import device_of, launch
 from ._passes import column_kernel, expand_kernel, reduce_kernel, row_kernel
-from ._tiles import row_block_m, tile
+from ._tiles import cdiv, row_block_m, tile
 
 #: Splits of the columns in the row pass at most.
 MAX_COLUMN_SPLITS = 16
@@ -25,7 +24,7 @@ def hash_rows(x: Tensor, drop: Dropout) -> Dropout:
     """The same dropout on the rows of x [M, C], prepared for passes that walk down the rows."""
     if drop.seed is None or x.numel() < _HASH_ROWS:
         return drop
-    blocks = triton.cdiv(x.shape[0], _MOST_ROWS)
+    blocks = cdiv(x.shape[0], _MOST_ROWS)
     hashes = torch.empty(blocks * _MOST_ROWS, dtype=torch.int64, device=x.device)
     launch(hash_rows_kernel, (blocks,), drop.seed, hashes, BLOCK=_MOST_ROWS, num_warps=4)
     return drop._replace(mode=2, seed=hashes)
@@ -52,15 +51,15 @@ def row_pass(
     device = device_of(x)
     t, processors = tile(f"{op}/row", precision, r, device.arch), device.processors
     block_m = row_block_m(m, t, processors)
-    blocks_m, blocks_r, blocks_k = triton.cdiv(m, block_m), triton.cdiv(r, t.block_r), triton.cdiv(k, t.block_c)
+    blocks_m, blocks_r, blocks_k = cdiv(m, block_m), cdiv(r, t.block_r), cdiv(k, t.block_c)
     splits = 1
     if may_split:
         # Partials (8 R bytes per split and row) cost at most a quarter of reading x, unless processors were idle.
         affordable = max(k * x.element_size() // (32 * r), processors // (blocks_m * blocks_r))
         wanted = _ROW_PROGRAMS * processors // (blocks_m * blocks_r)
         splits = max(1, min(wanted, affordable, blocks_k // 4, MAX_COLUMN_SPLITS))
-    per_split = triton.cdiv(blocks_k, splits)
-    splits = triton.cdiv(blocks_k, per_split)
+    per_split = cdiv(blocks_k, splits)
+    splits = cdiv(blocks_k, per_split)
     out = torch.empty((splits, m, r), dtype=torch.float32, device=x.device)
     launch(
         row_kernel, (blocks_m, blocks_r, splits),
@@ -105,7 +104,7 @@ def expand_pass(
     t = tile("expand", precision, r, device_of(out).arch)
     h_out = torch.empty((m, r), dtype=torch.float32, device=h.device) if splits > 1 else None
     launch(
-        expand_kernel, (triton.cdiv(m, t.block_m), triton.cdiv(n, t.block_c)),
+        expand_kernel, (cdiv(m, t.block_m), cdiv(n, t.block_c)),
         h, h_bias if splits > 1 else None, h_out, w, bias, base, scale, shift, out, drop.seed,
         m, n, r, w.stride(0), w.stride(1), 0 if base is None else base.stride(0), splits,
         float(factor), drop.inv_keep, drop.threshold,
@@ -130,13 +129,13 @@ class Gradients:
         self.op = op
         t = tile(f"{op}/column", precision, rank, device.arch)
         rows = src.shape[0]
-        blocks = triton.cdiv(min(columns), t.block_c) * triton.cdiv(rank, t.block_r)
-        blocks_m = triton.cdiv(rows, t.block_m)
+        blocks = cdiv(min(columns), t.block_c) * cdiv(rank, t.block_r)
+        blocks_m = cdiv(rows, t.block_m)
         # Writing and reading the partials (8 R bytes per split and column) costs at most half of reading src.
         affordable = rows * src.element_size() // (16 * t.block_r)
         splits = max(1, min(4 * device.processors // blocks, blocks_m // 2, affordable))
-        per_split = triton.cdiv(blocks_m, splits)
-        self.splits = triton.cdiv(blocks_m, per_split)
+        per_split = cdiv(blocks_m, splits)
+        self.splits = cdiv(blocks_m, per_split)
         self.rows_per_split = per_split * t.block_m
         self.outputs = [torch.empty(shape, dtype=torch.float32, device=src.device) for shape in shapes]
         sizes = [out.numel() for out in self.outputs]
@@ -158,7 +157,7 @@ def reduce_pass(partial: Tensor, outputs: list[Tensor]) -> None:
     splits, size = partial.shape
     ends = [sum(out.numel() for out in outputs[: i + 1]) for i in range(3)]
     pointers = [*outputs, None, None, None][:4]
-    launch(reduce_kernel, (triton.cdiv(size, 1024),), partial, *pointers, size, *ends, splits, BLOCK=1024, num_warps=4)
+    launch(reduce_kernel, (cdiv(size, 1024),), partial, *pointers, size, *ends, splits, BLOCK=1024, num_warps=4)
 
 
 def column_pass(
@@ -182,9 +181,9 @@ def column_pass(
     """
     (m, c), r = src.shape, g.shape[1]
     t = tile(f"{grads.op}/column", precision, r, device_of(g).arch)
-    blocks_r = triton.cdiv(r, t.block_r)
+    blocks_r = cdiv(r, t.block_r)
     launch(
-        column_kernel, (triton.cdiv(c, t.block_c), blocks_r, grads.splits),
+        column_kernel, (cdiv(c, t.block_c), blocks_r, grads.splits),
         src, g, other, grad, src_sum, g_sum, drop.seed,
         m, c, r, src.stride(0), 0 if other is None else other.stride(0), *grad_strides,
         grads.size, grads.rows_per_split, float(grad_factor), drop.threshold,

@@ -89,13 +89,24 @@ _OVERRIDES: dict[tuple[str, str, str], _Rows] = {
     ("gfx942", "column", "split"): {32: (32, 64, 32, 4, 2), 128: (32, 32, 128, 4, 2)},
 }
 
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own is made for kernels: called by the host it takes as long as a launch."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, for n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def _kind(precision: str) -> str:
     return {"bf16": "half", "fp16": "half", "split": "split", "split3": "split"}.get(precision, "float")
 
 
 def padded_rank(rank: int) -> int:
     """Rank as a power of two that tl.dot accepts, at most MAX_BLOCK_R."""
-    return min(max(16, 1 << (rank - 1).bit_length()), MAX_BLOCK_R)
+    return min(max(16, next_power_of_2(rank)), MAX_BLOCK_R)
 
 
 @functools.cache
@@ -114,6 +125,6 @@ def tile(name: str, precision: str, rank: int, arch: str) -> Tile:
 def row_block_m(rows: int, t: Tile, processors: int) -> int:
     """The tallest block of rows up to the tile's that still gives three programs to four multiprocessors."""
     block_m = t.block_m
-    while block_m > 16 and 4 * -(-rows // block_m) < 3 * processors:
+    while block_m > 16 and 4 * cdiv(rows, block_m) < 3 * processors:
         block_m //= 2
     return block_m

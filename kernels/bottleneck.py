@@ -30,7 +30,7 @@ from ._common import (
 from ._device import Device, Source, device_of, launch, on_device, sources
 from ._launch import Gradients, column_pass, expand_pass, hash_rows, row_pass
 from ._passes import accumulate_rows, base_tile, store_expanded
-from ._tiles import MAX_BLOCK_R, row_block_m, tile
+from ._tiles import MAX_BLOCK_R, cdiv, row_block_m, tile
 
 
 def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
@@ -185,7 +185,7 @@ def _fused_forward(
     block_m = row_block_m(m, t, device.processors)
     pre = torch.empty((m, r), dtype=torch.float32, device=x.device)
     launch(
-        fused_kernel, (triton.cdiv(m, block_m),),
+        fused_kernel, (cdiv(m, block_m),),
         x, down, down_bias, up, up_bias, residual, y, pre, drop.seed,
         m, k, n, r, x.stride(0), 0 if residual is None else residual.stride(0),
         float(scale), drop.inv_keep, drop.threshold,

@@ -19,6 +19,7 @@ from torch import Tensor
 from ._common import INTERPRETED, refuse_common, round_to
 from ._device import Device, Source, device_of, launch, on_device, sources
 from ._launch import sum_splits
+from ._tiles import cdiv, next_power_of_2
 
 # 16 bytes a lane of bf16 in rows of 512 columns; 8 KiB a tile, of which a multiprocessor holds several.
 _BLOCK_C = 64 if INTERPRETED else 512
@@ -36,7 +37,7 @@ def forward(x: Tensor, s: Tensor, y: Tensor) -> None:
     (m, c), block_c = x.shape, _block_c(x)
     with on_device(x):
         launch(
-            scale_kernel, (triton.cdiv(m, _BLOCK_M) * triton.cdiv(c, block_c),),
+            scale_kernel, (cdiv(m, _BLOCK_M) * cdiv(c, block_c),),
             x, s, y, m, c, x.stride(0), y.stride(0), BLOCK_M=_BLOCK_M, BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
 
@@ -53,11 +54,11 @@ def backward(dy: Tensor, x: Tensor | None, s: Tensor, need_dx: bool) -> tuple[Te
             forward(dy, s, dx)
         return dx, None
     block_c = _block_c(dy)
-    blocks_m, blocks_c = triton.cdiv(m, _BLOCK_M), triton.cdiv(c, block_c)
+    blocks_m, blocks_c = cdiv(m, _BLOCK_M), cdiv(c, block_c)
     # Four programs a multiprocessor, while the partial sums stay a sixteenth of what is read.
     splits = max(1, min(4 * device_of(dy).processors // blocks_c, blocks_m // 8, _MOST_SPLITS))
-    per_split = triton.cdiv(blocks_m, splits)
-    splits = triton.cdiv(blocks_m, per_split)
+    per_split = cdiv(blocks_m, splits)
+    splits = cdiv(blocks_m, per_split)
     partial = torch.empty((splits, c), dtype=torch.float32, device=dy.device)
     with on_device(dy):
         launch(
@@ -69,7 +70,7 @@ def backward(dy: Tensor, x: Tensor | None, s: Tensor, need_dx: bool) -> tuple[Te
 
 
 def _block_c(x: Tensor) -> int:
-    return min(max(16, triton.next_power_of_2(x.shape[1])), _BLOCK_C)
+    return min(max(16, next_power_of_2(x.shape[1])), _BLOCK_C)
 
 
 @triton.jit(do_not_specialize=["M"])

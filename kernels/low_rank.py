@@ -22,7 +22,7 @@ from torch import Tensor
 from ._common import dot, dropout_args, long_dot, precision, refuse_common
 from ._device import Device, Source, device_of, launch, on_device, sources
 from ._launch import Gradients, column_pass, expand_pass, hash_rows, row_pass, sum_splits
-from ._tiles import tile
+from ._tiles import cdiv, tile
 
 
 def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
@@ -188,7 +188,7 @@ def _dy_pass(
 ) -> Tensor:
     (m, n), r = dy.shape, b.shape[1]
     t = tile("dy", precision, r, device_of(dy).arch)
-    chunks = triton.cdiv(n, t.block_c)
+    chunks = cdiv(n, t.block_c)
     partial = torch.empty((chunks, m, r), dtype=torch.float32, device=dy.device)
     launch(
         dy_kernel, (chunks, grads.splits),

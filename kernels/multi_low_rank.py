@@ -35,7 +35,7 @@ from ._common import (
 )
 from ._device import Device, Source, device_of, launch, on_device, sources
 from ._launch import sum_splits
-from ._tiles import Tile, tile
+from ._tiles import Tile, cdiv, next_power_of_2, tile
 
 _CELLS = 5  # columns of the table: address of A, address of B, rank, ranks before it, bits of the scale
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -328,7 +328,7 @@ def _tile(name: str, call: _Call, rows: int, precision: str, device: Device) -> 
     """The pass's tile, no taller than the adapters' share of the rows, nor than registers allow beside row numbers."""
     t = tile(f"multi_low_rank/{name}", precision, call.most, device.arch)
     tallest = 64 if precision in ("bf16", "fp16") and call.most <= 64 else 32
-    share = triton.next_power_of_2(max(1, -(-rows // call.cells.shape[0])))
+    share = next_power_of_2(max(1, cdiv(rows, call.cells.shape[0])))
     return t._replace(block_m=max(_LEAST_M, min(t.block_m, share, tallest)))
 
 
@@ -345,7 +345,7 @@ def _launch(
         src, call.cells, call.order, call.ends, out, drop.seed, c, count, call.most, *strides,
         drop.inv_keep, drop.threshold,
         OF_B=of_b, ALIGNED=call.aligned, TYPE=_TYPES[call.weights], DROPOUT=drop.mode, PRECISION=precision,
-        BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r, BLOCK_G=triton.next_power_of_2(count),
+        BLOCK_M=t.block_m, BLOCK_C=t.block_c, BLOCK_R=t.block_r, BLOCK_G=next_power_of_2(count),
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
 
@@ -353,23 +353,23 @@ def _launch(
 def _shrink(x: Tensor, call: _Call, of_b: bool, drop: Dropout, precision: str) -> Tensor:
     (m, c), t = x.shape, _tile("row", call, x.shape[0], precision, device_of(x))
     out = torch.zeros((m, call.most), dtype=torch.float32, device=x.device)
-    blocks_r = triton.cdiv(call.most, t.block_r)
+    blocks_r = cdiv(call.most, t.block_r)
     _launch(shrink_kernel, t, blocks_r, call, of_b, drop, precision, x, out, c, x.stride(0))
     return out
 
 
 def _expand(h: Tensor, out: Tensor, call: _Call, of_b: bool, drop: Dropout, precision: str) -> None:
     c, t = out.shape[1], _tile("expand", call, out.shape[0], precision, device_of(out))
-    _launch(expand_kernel, t, triton.cdiv(c, t.block_c), call, of_b, drop, precision, h, out, c)
+    _launch(expand_kernel, t, cdiv(c, t.block_c), call, of_b, drop, precision, h, out, c)
 
 
 def _gradient(src: Tensor, g: Tensor, call: _Call, of_b: bool, drop: Dropout, precision: str) -> Tensor:
     (m, c), count, device = src.shape, call.cells.shape[0], device_of(src)
     t = _tile("column", call, m, precision, device)
-    blocks_c, blocks_r = triton.cdiv(c, t.block_c), triton.cdiv(call.most, t.block_r)
+    blocks_c, blocks_r = cdiv(c, t.block_c), cdiv(call.most, t.block_r)
     # As in `_launch.Gradients`: partials cost at most half of reading src, and the programs fill the device.
     affordable = m * src.element_size() // (16 * t.block_r * count)
-    splits = max(1, min(2 * device.processors // (blocks_c * count), triton.cdiv(m, t.block_m) // 2, affordable))
+    splits = max(1, min(2 * device.processors // (blocks_c * count), cdiv(m, t.block_m) // 2, affordable))
     size = call.ranks * c
     partial = torch.empty((splits, size), dtype=torch.float32, device=src.device)
     launch(

@@ -21,6 +21,7 @@ from torch import Tensor
 from ._attention import Tile, keys_kernel, mask_at, query_keys, tile, walk, walk_back
 from ._common import Dropout, dropout_args, load_rows, precision, refuse_common, round_to
 from ._device import Device, Source, device_of, launch, on_device, sources
+from ._tiles import cdiv, next_power_of_2
 
 MAX_WIDTH = 256
 
@@ -239,7 +240,7 @@ def _launch(
     launch(
         kernel, grid, *args, float(scale), drop.inv_keep, drop.threshold,
         CAUSAL=m.causal, MASK=m.kind, DROPOUT=drop.mode, PRECISION=precision(q.dtype, q.dtype),
-        BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=max(16, triton.next_power_of_2(q.shape[3])),
+        BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=max(16, next_power_of_2(q.shape[3])),
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
 
@@ -263,7 +264,7 @@ def forward(
     drop, m = dropout_args(p, seed), _mask_of(causal, mask)
     with on_device(q):
         _launch(
-            forward_kernel, (triton.cdiv(s, t.block_m), b * hq), t, q, m, drop, scale,
+            forward_kernel, (cdiv(s, t.block_m), b * hq), t, q, m, drop, scale,
             q, k, v, pk, pv, m.data, out, norm[0], norm[1], drop.seed,
             hq, hq // k.shape[1], s, k.shape[2], pk.shape[2], d, *_strides(q, k, v, pk, pv), *m.strides,
         )  # fmt: skip
@@ -294,7 +295,7 @@ def backward(
     dpk, dpv = (torch.empty((b, hkv, prefix, d), dtype=torch.float32, device=q.device) for _ in range(2))
     with on_device(q):
         _launch(
-            queries_kernel, (triton.cdiv(s, t.block_m), b * hq), t, q, m, drop, scale,
+            queries_kernel, (cdiv(s, t.block_m), b * hq), t, q, m, drop, scale,
             q, k, v, pk, pv, m.data, out, norm[0], norm[1], dout, dq, delta, drop.seed,
             hq, hq // hkv, s, length, prefix, d, *_strides(q, k, v, pk, pv), *m.strides, *_strides(dout),
         )  # fmt: skip
@@ -302,7 +303,7 @@ def backward(
         for keys, values, dkeys, dvalues, first, seen in ((k, v, dk, dv, prefix, m), (pk, pv, dpk, dpv, 0, _ALL_SEEN)):
             n = keys.shape[2]
             _launch(
-                keys_kernel, (triton.cdiv(n, t.block_n), b * hkv), t, q, seen, drop, scale,
+                keys_kernel, (cdiv(n, t.block_n), b * hkv), t, q, seen, drop, scale,
                 q, keys, values, seen.data, norm[0], norm[1], delta, dout, dkeys, dvalues, drop.seed,
                 hq, hq // hkv, s, n, d, first, *_strides(q, keys, values), *seen.strides, *_strides(dout),
             )  # fmt: skip

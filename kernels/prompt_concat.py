@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._common import INTERPRETED, refuse_common, round_to
 from ._device import Device, Source, launch, on_device, sources
+from ._tiles import cdiv, next_power_of_2
 
 _IGNORED = tl.constexpr(-100)
 _BLOCK_J = 64 if INTERPRETED else 8
@@ -44,10 +45,10 @@ def forward(
     mask_out = torch.empty((batch, total), dtype=torch.int64, device=mask.device)
     positions = torch.empty_like(mask_out)
     labels_out = torch.empty_like(mask_out) if labels is not None else mask.new_empty(0)
-    block_h = min(triton.next_power_of_2(hidden), _MAX_BLOCK_H)
+    block_h = min(next_power_of_2(hidden), _MAX_BLOCK_H)
     with on_device(table):
         launch(
-            concat_kernel, (triton.cdiv(total, _BLOCK_J) * batch, triton.cdiv(hidden, block_h)),
+            concat_kernel, (cdiv(total, _BLOCK_J) * batch, cdiv(hidden, block_h)),
             ids, table, prompt, mask, labels, embeds, mask_out, positions, labels_out if labels is not None else None,
             table.shape[0], length, prompt_length, hidden,
             BLOCK_J=_BLOCK_J, BLOCK_S=_BLOCK_S, BLOCK_H=block_h, num_warps=4,
@@ -63,13 +64,13 @@ def backward(dout: Tensor, mask: Tensor, prompt_length: int, need_embeds: bool) 
     (batch, length), hidden = mask.shape, dout.shape[2]
     d_prompt = torch.empty((prompt_length, hidden), dtype=torch.float32, device=dout.device)
     d_embeds = dout.new_empty((batch, length, hidden) if need_embeds else (0,))
-    block_h = min(triton.next_power_of_2(hidden), _MAX_BLOCK_H)
-    copies = batch * triton.cdiv(length, _BLOCK_J) if need_embeds else 0
+    block_h = min(next_power_of_2(hidden), _MAX_BLOCK_H)
+    copies = batch * cdiv(length, _BLOCK_J) if need_embeds else 0
     with on_device(dout):
         launch(
-            split_kernel, (prompt_length + copies, triton.cdiv(hidden, block_h)),
+            split_kernel, (prompt_length + copies, cdiv(hidden, block_h)),
             dout, mask, d_prompt, d_embeds if need_embeds else None, batch, length, prompt_length, hidden,
-            BLOCK_B=min(triton.next_power_of_2(batch), 8), BLOCK_J=_BLOCK_J, BLOCK_S=_BLOCK_S, BLOCK_H=block_h,
+            BLOCK_B=min(next_power_of_2(batch), 8), BLOCK_J=_BLOCK_J, BLOCK_S=_BLOCK_S, BLOCK_H=block_h,
             num_warps=4,
         )  # fmt: skip
     return d_prompt, d_embeds

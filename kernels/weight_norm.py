@@ -19,7 +19,7 @@ from torch import Tensor
 from ._common import dot, dropout_args, precision, refuse_common
 from ._device import Device, Source, device_of, launch, on_device, sources
 from ._launch import Gradients, column_pass, row_pass, sum_splits
-from ._tiles import tile
+from ._tiles import cdiv, tile
 
 
 def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
@@ -35,11 +35,11 @@ def forward(wide: Tensor, up: Tensor, down: Tensor, scale: float, by_row: bool) 
     product = "split3" if product == "split" else product
     device = device_of(wide)
     t = tile("weight_norm/expand", product, r, device.arch)
-    blocks = (triton.cdiv(p, t.block_m), triton.cdiv(q, t.block_c))
+    blocks = (cdiv(p, t.block_m), cdiv(q, t.block_c))
     kept, summed = blocks if by_row else blocks[::-1]
-    splits = max(1, min(triton.cdiv(4 * device.processors, kept), summed // 2))
-    per_split = triton.cdiv(summed, splits)
-    splits = triton.cdiv(summed, per_split)
+    splits = max(1, min(cdiv(4 * device.processors, kept), summed // 2))
+    per_split = cdiv(summed, splits)
+    splits = cdiv(summed, per_split)
     size = p if by_row else q
     with on_device(wide):
         partial = torch.empty((splits, size), dtype=torch.float32, device=wide.device)
