@@ -14,6 +14,9 @@ from ._tiles import cdiv, row_block_m, tile
 MAX_COLUMN_SPLITS = 16
 #: Programs of the row pass that a multiprocessor should have: the dropout hash keeps one of four warps waiting.
 _ROW_PROGRAMS = 3
+#: Programs of the expand pass that a multiprocessor should have before one takes several blocks of columns; how many.
+_EXPAND_PROGRAMS = 8
+_EXPAND_BLOCKS = 8
 #: Elements from which rows are hashed once, for all tiles of a row: a launch costs more than the hashes of fewer.
 _HASH_ROWS = 1 << 22
 #: Rows of the largest tile, which may reach beyond the last row.
@@ -101,15 +104,20 @@ def expand_pass(
     """
     splits, m, r = h.shape
     n = out.shape[1]
-    t = tile("expand", precision, r, device_of(out).arch)
+    device = device_of(out)
+    t = tile("expand", precision, r, device.arch)
+    blocks_m, blocks_n = cdiv(m, t.block_m), cdiv(n, t.block_c)
+    per_program = 1
+    if r <= t.block_r and n % 16 == 0:  # elsewhere the addresses of two blocks do not fit the registers
+        per_program = max(1, min(_EXPAND_BLOCKS, blocks_m * blocks_n // (_EXPAND_PROGRAMS * device.processors)))
     h_out = torch.empty((m, r), dtype=torch.float32, device=h.device) if splits > 1 else None
     launch(
-        expand_kernel, (cdiv(m, t.block_m), cdiv(n, t.block_c)),
+        expand_kernel, (blocks_m, cdiv(blocks_n, per_program)),
         h, h_bias if splits > 1 else None, h_out, w, bias, base, scale, shift, out, drop.seed,
-        m, n, r, w.stride(0), w.stride(1), 0 if base is None else base.stride(0), splits,
-        float(factor), drop.inv_keep, drop.threshold,
-        ACT=act, DROPOUT=drop.mode, PRECISION=precision, BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
-        num_warps=t.num_warps, num_stages=t.num_stages,
+        m, n, r, w.stride(0), w.stride(1), 0 if base is None else base.stride(0), splits, per_program,
+        float(factor) * drop.inv_keep, drop.threshold,
+        ACT=act, DROPOUT=drop.mode, PRECISION=precision, MANY=per_program > 1,
+        BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r, num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
     return h.view(m, r) if h_out is None else h_out
 

@@ -118,6 +118,13 @@ def latent_tile(h_ptr, bias_ptr, offs_m, offs_r, M, R, splits, SPLIT: tl.constex
 
 
 @triton.jit
+def store_latent(out_ptr, h, offs_m, offs_r, M, R):
+    """out[m, r] = h, contiguous."""
+    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+    tl.store(out_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], h, mask=mask)
+
+
+@triton.jit
 def base_tile(base_ptr, stride_basem, offs_m, offs_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Tile of base [M, N], or f32 zeros without one. Loaded before the dots, to be in flight meanwhile."""
     if base_ptr is None:
@@ -141,26 +148,25 @@ def store_expanded(
     M,
     N,
     factor,
-    inv_keep,
     threshold,
     DROPOUT: tl.constexpr,
 ):
-    """out[m, n] = base[m, n] + drop(factor * (acc + bias))[m, n] in out's dtype; out is contiguous.
+    """out[m, n] = base[m, n] + keep[m, n] * factor * (acc + bias)[m, n] in out's dtype; out is contiguous.
 
-    key1 and key2 are the rows' dropout keys, unused without dropout.
+    key1 and key2 are the rows' dropout keys, unused without dropout; factor holds dropout's 1 / (1 - p).
     """
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     acc *= factor
     if DROPOUT:
-        acc = tl.where(keep_mask(key1, key2, offs_n, threshold), acc * inv_keep, 0.0)
+        acc = tl.where(keep_mask(key1, key2, offs_n, threshold), acc, 0.0)
     acc += base.to(tl.float32)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     offsets = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(out_ptr + offsets, round_to(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "splits", "threshold"])
+@triton.jit(do_not_specialize=["M", "splits", "blocks_per_program", "threshold"])
 def expand_kernel(
     h_ptr,
     h_bias_ptr,
@@ -179,45 +185,69 @@ def expand_kernel(
     stride_wn,
     stride_basem,
     splits,
+    blocks_per_program,
     factor,
-    inv_keep,
     threshold,
     ACT: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    MANY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out = base + drop(factor * (act(h) w + bias)), w[r, n] by strides; h is summed over its splits and kept.
+    """out = base + keep * factor * (act(h) w + bias), w[r, n] by strides; h is summed over its splits and kept.
 
-    scale, shift [N] f32 or none (with no dropout): out = scale * out + shift.
+    scale, shift [N] f32 or none (with no dropout): out = scale * out + shift. MANY: R <= BLOCK_R, and a program sums,
+    activates and splits its rows of h once for several blocks of columns.
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     pid_n = tl.program_id(1)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    base = base_tile(base_ptr, stride_basem, offs_m, offs_n, M, N, BLOCK_M, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r in range(0, R, BLOCK_R):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        w_tile = w_ptr + offs_r.to(tl.int64)[:, None] * stride_wr + offs_n.to(tl.int64)[None, :] * stride_wn
-        w = tl.load(w_tile, mask=(offs_r < R)[:, None] & (offs_n < N)[None, :], other=0.0)
-        h = latent_tile(h_ptr, h_bias_ptr, offs_m, offs_r, M, R, splits, h_out_ptr is not None)
-        if h_out_ptr is not None:
-            if pid_n == 0:
-                mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
-                tl.store(h_out_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :], h, mask=mask)
-        acc = dot(activation(h, ACT), w, acc, PRECISION)
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
-        acc *= scale
-        base = base.to(tl.float32) * scale
-    if shift_ptr is not None:
-        base = base.to(tl.float32) + tl.load(shift_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
     key1, key2 = offs_m, offs_m
     if DROPOUT:
         key1, key2 = row_keys(seed_ptr, offs_m, DROPOUT)
-    store_expanded(acc, base, bias_ptr, out_ptr, key1, key2, offs_m, offs_n, M, N, factor, inv_keep, threshold, DROPOUT)
+    offs_r = tl.arange(0, BLOCK_R)
+    SPLIT: tl.constexpr = h_out_ptr is not None
+    if MANY:
+        h = latent_tile(h_ptr, h_bias_ptr, offs_m, offs_r, M, R, splits, SPLIT)
+        if SPLIT:
+            if pid_n == 0:
+                store_latent(h_out_ptr, h, offs_m, offs_r, M, R)
+        z = activation(h, ACT)
+    start = pid_n * blocks_per_program
+    end = min(start + blocks_per_program, tl.cdiv(N, BLOCK_N))
+    offs_n = start * BLOCK_N + tl.arange(0, BLOCK_N)
+    base = base_tile(base_ptr, stride_basem, offs_m, offs_n, M, N, BLOCK_M, BLOCK_N)
+    for block in range(start, end):
+        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        if MANY:  # the next block's base is in flight during this one's dot: only its operands are pipelined for us
+            next_base = base_tile(base_ptr, stride_basem, offs_m, offs_n + BLOCK_N, M, N, BLOCK_M, BLOCK_N)
+        w_tile = w_ptr + offs_r.to(tl.int64)[:, None] * stride_wr + offs_n.to(tl.int64)[None, :] * stride_wn
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if MANY:
+            w = tl.load(w_tile, mask=(offs_r < R)[:, None] & (offs_n < N)[None, :], other=0.0)
+            acc = dot(z, w, acc, PRECISION)
+        else:
+            for r in range(0, R, BLOCK_R):
+                inside = r + offs_r < R
+                w = tl.load(
+                    w_tile + tl.cast(r, tl.int64) * stride_wr, mask=inside[:, None] & (offs_n < N)[None, :], other=0.0
+                )
+                h = latent_tile(h_ptr, h_bias_ptr, offs_m, r + offs_r, M, R, splits, SPLIT)
+                if SPLIT:
+                    if block == 0:
+                        store_latent(h_out_ptr, h, offs_m, r + offs_r, M, R)
+                acc = dot(activation(h, ACT), w, acc, PRECISION)
+        added = base.to(tl.float32)
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
+            acc *= scale
+            added *= scale
+        if shift_ptr is not None:
+            added += tl.load(shift_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
+        store_expanded(acc, added, bias_ptr, out_ptr, key1, key2, offs_m, offs_n, M, N, factor, threshold, DROPOUT)
+        if MANY:
+            base = next_base
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split", "stride_split", "threshold"])

@@ -119,7 +119,6 @@ def fused_kernel(
     stride_xm,
     stride_residualm,
     factor,
-    inv_keep,
     threshold,
     ACT: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -154,9 +153,7 @@ def fused_kernel(
         up_tile = up_ptr + offs_n.to(tl.int64)[None, :] * R + offs_r[:, None]
         up = tl.load(up_tile, mask=(offs_n < N)[None, :] & mask_r[:, None], other=0.0)
         acc = dot(z, up, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-        store_expanded(
-            acc, base, up_bias_ptr, y_ptr, key1, key2, offs_m, offs_n, M, N, factor, inv_keep, threshold, DROPOUT
-        )
+        store_expanded(acc, base, up_bias_ptr, y_ptr, key1, key2, offs_m, offs_n, M, N, factor, threshold, DROPOUT)
         base = next_base
 
 
@@ -188,7 +185,7 @@ def _fused_forward(
         fused_kernel, (cdiv(m, block_m),),
         x, down, down_bias, up, up_bias, residual, y, pre, drop.seed,
         m, k, n, r, x.stride(0), 0 if residual is None else residual.stride(0),
-        float(scale), drop.inv_keep, drop.threshold,
+        float(scale) * drop.inv_keep, drop.threshold,
         ACT=act, DROPOUT=drop.mode, PRECISION=product,
         BLOCK_M=block_m, BLOCK_K=t.block_c, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
         num_warps=t.num_warps, num_stages=t.num_stages,
