@@ -291,9 +291,9 @@ def column_kernel(
     mask_r = offs_r < R
     row_start = tl.program_id(2) * rows_per_split
     row_end = min(row_start + rows_per_split, M)
-    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    src_sum = tl.zeros((BLOCK_C,), tl.float32)
-    g_sum = tl.zeros((BLOCK_R,), tl.float32)
+    acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    src_sum = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    g_sum = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for m in range(row_start, row_end, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         rows = offs_m.to(tl.int64)[:, None]
@@ -304,26 +304,28 @@ def column_kernel(
         if DROPOUT:
             key1, key2 = row_keys(seed_ptr, offs_m, DROPOUT)
             src = tl.where(keep_mask(key1, key2, offs_c, threshold), src, 0.0)
-        acc = long_dot(tl.trans(activation(g, ACT)), src, acc, PRECISION)
+        acc = long_dot(tl.trans(src), activation(g, ACT), acc, PRECISION)
+        # Sums over the rows of a tile wait until the end: inside the loop they would cost as much as the product.
         if src_sum_ptr is not None:
             summed = src.to(tl.float32)
             if other_ptr is not None:
                 other = tl.load(other_ptr + rows * stride_otherm + offs_c[None, :], mask=mask, other=0.0)
                 summed *= other.to(tl.float32)
-            src_sum += tl.sum(summed, axis=0)
+            src_sum += summed
         if g_sum_ptr is not None:
-            g_sum += tl.sum(g, axis=0)
-    grad_tile = grad_ptr + at_split + offs_r.to(tl.int64)[:, None] * stride_gradr
-    grad_tile += offs_c.to(tl.int64)[None, :] * stride_gradc
-    tl.store(grad_tile, acc * grad_factor, mask=mask_r[:, None] & mask_c[None, :])
+            g_sum += g
+    grad_tile = grad_ptr + at_split + offs_c.to(tl.int64)[:, None] * stride_gradc
+    grad_tile += offs_r.to(tl.int64)[None, :] * stride_gradr
+    tl.store(grad_tile, acc * grad_factor, mask=mask_c[:, None] & mask_r[None, :])
     if src_sum_ptr is not None:
         if tl.program_id(1) == 0:
+            sums = tl.sum(src_sum, axis=0)
             if other_ptr is None:
-                src_sum *= grad_factor
-            tl.store(src_sum_ptr + at_split + offs_c, src_sum, mask=mask_c)
+                sums *= grad_factor
+            tl.store(src_sum_ptr + at_split + offs_c, sums, mask=mask_c)
     if g_sum_ptr is not None:
         if pid_c == 0:
-            tl.store(g_sum_ptr + at_split + offs_r, g_sum, mask=mask_r)
+            tl.store(g_sum_ptr + at_split + offs_r, tl.sum(g_sum, axis=0), mask=mask_r)
 
 
 @triton.jit(do_not_specialize=["size", "end0", "end1", "end2", "splits"])

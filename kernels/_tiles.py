@@ -1,7 +1,7 @@
 """Tile sizes by architecture and shape class; nothing is tuned at run time.
 
 sm90: the fastest of up to thirty candidates a row on an H200, x [8192, 4096] with dropout (f32: [2048, 4096]); the
-expand pass, which has changed since, by instructions a tile.
+expand and column passes, which have changed since, by registers and instructions a tile.
 Elsewhere by counting bytes and registers: about 20 kB must be in flight per multiprocessor (latency times bandwidth on
 H100), every multiprocessor must own a program, and f32 products without tf32 run on the FMA units, whose operands live
 in registers, hence the small f32 tiles.
@@ -59,15 +59,15 @@ _OVERRIDES: dict[tuple[str, str, str], _Rows] = {
     ("sm80", "expand", "float"): {128: (64, 32, 16, 8, 2)},
     ("sm80", "column", "half"): {64: (32, 64, 64, 8, 2), 128: (32, 32, 128, 8, 2)},
     ("sm80", "column", "split"): {64: (32, 32, 64, 4, 2)},
-    ("sm80", "column", "float"): {64: (32, 64, 64, 8, 2), 128: (32, 32, 128, 8, 2)},
+    ("sm80", "column", "float"): {64: (32, 64, 64, 8, 2), 128: (16, 32, 128, 8, 2)},
     ("sm90", "row", "half"): {32: (128, 128, 32, 4, 3), 64: (64, 64, 64, 4, 3)},
     ("sm90", "row", "split"): {16: (64, 64, 16, 4, 3), 64: (64, 64, 64, 4, 3), 128: (32, 64, 128, 4, 3)},
     ("sm90", "row", "float"): {16: (64, 128, 16, 4, 3), 64: (64, 64, 64, 4, 3)},
     ("sm90", "expand", "half"): {64: (64, 128, 64, 8, 2), 128: (64, 128, 128, 8, 2)},
     ("sm90", "expand", "split"): {64: (64, 64, 64, 4, 2)},
     ("sm90", "column", "half"): {32: (64, 64, 32, 4, 3), 64: (32, 128, 64, 4, 3)},
-    ("sm90", "column", "split"): {16: (32, 128, 16, 8, 3), 64: (32, 128, 64, 4, 3), 128: (64, 128, 128, 8, 3)},
-    ("sm90", "column", "float"): {16: (32, 64, 16, 8, 2), 64: (32, 32, 64, 4, 2)},
+    ("sm90", "column", "split"): {16: (32, 128, 16, 4, 3), 64: (32, 128, 64, 4, 3), 128: (64, 128, 128, 8, 3)},
+    ("sm90", "column", "float"): {16: (32, 64, 16, 8, 2), 64: (32, 32, 64, 4, 2), 128: (32, 32, 128, 8, 2)},
     ("sm90", "bottleneck/column", "split"): {64: (32, 64, 64, 4, 3)},
     ("sm90", "dy", "half"): {32: (64, 256, 32, 8, 3)},
     ("sm90", "dy", "split"): {16: (64, 128, 16, 4, 3)},
@@ -81,7 +81,9 @@ _OVERRIDES: dict[tuple[str, str, str], _Rows] = {
     ("sm100", "expand", "split"): {16: (64, 64, 16, 8, 2)},
     ("sm100", "weight_norm/row", "split"): {16: (64, 16, 16, 4, 4), 128: (64, 32, 128, 8, 2)},
     ("sm100", "row", "float"): {32: (64, 32, 32, 4, 3), 64: (64, 32, 64, 8, 3)},
-    ("sm100", "column", "split"): {32: (32, 32, 32, 4, 2)},
+    ("sm100", "column", "half"): {64: (32, 128, 64, 8, 2)},
+    ("sm100", "column", "split"): {16: (32, 32, 16, 8, 2), 32: (32, 32, 32, 4, 2)},
+    ("sm100", "column", "float"): {64: (32, 32, 64, 4, 2), 128: (32, 32, 128, 8, 2)},
     ("sm100", "bottleneck/column", "split"): {32: (32, 32, 32, 8, 2)},
     ("sm100", "multi_low_rank/column", "split"): {16: (32, 64, 16, 8, 2)},
     ("sm100", "fused", "half"): {64: (64, 128, 64, 8, 3)},

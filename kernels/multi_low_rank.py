@@ -214,7 +214,8 @@ def shrink_kernel(
                     x = tl.where(keep_mask(key1, key2, offs_c, threshold), x, 0.0)
                 acc = long_dot(x, tl.trans(w), acc, PRECISION)
         acc *= _scale(cell_ptr) if OF_B else inv_keep
-        # Zeros from R to MOST: what is saved has one width for all adapters.
+        # Zeros from R to MOST: what is saved has one width for all adapters, which bounds its loads: R, unknown to the
+        # compiler, would break them into single elements.
         mask = (places < end)[:, None] & (offs_r < MOST)[None, :]
         tl.store(out_ptr + rows[:, None] * MOST + offs_r[None, :], acc, mask=mask)
 
@@ -308,20 +309,20 @@ def gradient_kernel(
         per_split = tl.cdiv(tl.cdiv(end - start, BLOCK_M), splits) * BLOCK_M
         first = start + tl.program_id(2) * per_split
         last = tl.minimum(first + per_split, end)
-        acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
         for place in range(first, last, BLOCK_M):
             places = place + tl.arange(0, BLOCK_M)
             rows = tl.load(order_ptr + places, mask=places < last, other=0)
             src = load_rows(src_ptr, stride_srcm, rows, places < last, offs_c, C)
-            g = load_rows(g_ptr, MOST, rows, places < last, offs_r, R)
+            g = load_rows(g_ptr, MOST, rows, places < last, offs_r, MOST)
             if DROPOUT:
                 key1, key2 = row_keys(seed_ptr, rows)
                 src = tl.where(keep_mask(key1, key2, offs_c, threshold), src, 0.0)
-            acc = long_dot(tl.trans(g), src, acc, PRECISION)
+            acc = long_dot(tl.trans(src), g, acc, PRECISION)
         at = tl.program_id(2).to(tl.int64) * size + tl.load(cell_ptr + 3) * C
         at += _weight_offsets(offs_r, offs_c, R, C, OF_B)
         acc *= _scale(cell_ptr) if OF_B else inv_keep
-        tl.store(grad_ptr + at, acc, mask=(offs_r < R)[:, None] & (offs_c < C)[None, :])
+        tl.store(grad_ptr + at, tl.trans(acc), mask=(offs_r < R)[:, None] & (offs_c < C)[None, :])
 
 
 def _tile(name: str, call: _Call, rows: int, precision: str, device: Device) -> Tile:
