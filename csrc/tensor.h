@@ -1,6 +1,7 @@
 // What both backends do with tensors: on the LibTorch stable ABI, so that one binary serves every torch >= 2.10.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -46,11 +47,11 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
   int64_t strides[kMostDims], stride = 1;
   for (size_t i = shape.size(); i-- > 0;) strides[i] = stride, stride *= shape.begin()[i];
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
-                                                         dtype, device_type, like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides, dtype,
+                                                  device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {

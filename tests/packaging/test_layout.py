@@ -85,3 +85,11 @@ def test_sdist_holds_what_a_build_needs(sources: Path, tmp_path: Path) -> None:
     wanted = [*(sources / "csrc").rglob("*.*"), *(sources / "kernels").glob("*.py")]
     assert {str(file.relative_to(sources)) for file in wanted if file.is_file()} <= names
     assert {"setup.py", "LICENSE", "peftkern/py.typed"} <= names
+
+
+@pytest.mark.parametrize("name", ["STABLE_TORCH_ERROR_CODE_CHECK"])
+def test_sources_keep_to_names_that_torch_2_11_has(name: str) -> None:
+    """The headers of the torch at hand offer more; with an older one the extension would then not build."""
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert files
+    assert not [str(path) for path in files if re.search(rf"\b{name}\b", path.read_text())]
