@@ -28,7 +28,7 @@ def kernel_hash(device: str, folder: Path | None = None) -> str:
     top = folder or root()
     kernels = top / "kernels" if (top / "kernels").is_dir() else top / "peftkern" / "kernels"
     parts = {"csrc": top / "csrc" / device, "ops": top / "peftkern" / "ops"}
-    shared = [top / "csrc" / "tensor.h", top / "peftkern" / "dispatch.py"]
+    shared = [*sorted((top / "csrc").glob("*.h")), top / "peftkern" / "dispatch.py"]
     if device == "cuda":
         parts["kernels"] = kernels
     digest = hashlib.sha256()
@@ -36,7 +36,7 @@ def kernel_hash(device: str, folder: Path | None = None) -> str:
         files = (path for path in part.rglob("*") if path.suffix in _SUFFIXES and path.name != "aot.py")
         for path in sorted(files):
             digest.update(f"{name}/{path.relative_to(part).as_posix()}\0".encode() + path.read_bytes() + b"\0")
-    for path in filter(Path.is_file, shared):
+    for path in shared:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

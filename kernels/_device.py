@@ -99,7 +99,7 @@ def _seen_by_the_compiler(args: tuple[Any, ...]) -> list[Any]:
     for arg in args:
         kind = type(arg)
         if kind is int:
-            seen.append("1" if arg == 1 else (arg % 16 == 0) + 2 * (-(2**31) <= arg < 2**31))
+            seen.append(1 if arg == 1 else (arg % 16 == 0, -(2**31) <= arg < 2**31))
         elif arg is None or kind is float:
             seen.append(kind)
         else:

@@ -14,8 +14,9 @@ from ._tiles import cdiv, row_block_m, tile
 MAX_COLUMN_SPLITS = 16
 #: Programs of the row pass that a multiprocessor should have: the dropout hash keeps one of four warps waiting.
 _ROW_PROGRAMS = 3
-#: Programs of the expand pass that a multiprocessor should have before one takes several blocks of columns; how many.
+#: Programs of the expand pass that a multiprocessor should have before any of them takes several blocks of columns.
 _EXPAND_PROGRAMS = 8
+#: Blocks of columns that such a program takes at most.
 _EXPAND_BLOCKS = 8
 #: Elements from which rows are hashed once, for all tiles of a row: a launch costs more than the hashes of fewer.
 _HASH_ROWS = 1 << 22
