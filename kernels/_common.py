@@ -147,25 +147,62 @@ def _mma(a, b, acc):
 
 
 @triton.jit
-def _dot_split(a, b, acc, THREE: tl.constexpr):
-    # f32 as the sum of two bf16, 8 + 8 bits, or of THREE; products of bf16 are exact in f32. What is left out is 2^-16
-    # of the product, or 2^-24.
-    a0 = round_to(a, tl.bfloat16)
-    b0 = round_to(b, tl.bfloat16)
+def _nearest_bf16(v):
+    """`v` as f32 with the bits of bf16 alone, ties away from zero: a conversion to bf16 and back is slower."""
+    bits = (v.to(tl.float32).to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def two_halves(v):
+    """(first, second) bf16 whose sum is `v` to 2^-17."""
+    if v.dtype == tl.bfloat16:
+        return v, tl.zeros_like(v)
+    first = _nearest_bf16(v)
+    return first.to(tl.bfloat16), round_to(v.to(tl.float32) - first, tl.bfloat16)
+
+
+@triton.jit
+def _dot_split(a, b, acc):
+    # f32 as the sum of two bf16, 8 + 8 bits, whose products are exact in f32; left out is 2^-16 of the product.
+    a0, a1 = two_halves(a)
+    b0, b1 = two_halves(b)
     if a.dtype != tl.bfloat16:
-        a_rest = a.to(tl.float32) - a0.to(tl.float32)
-        a1 = round_to(a_rest, tl.bfloat16)
-        if THREE and a.dtype == tl.float32:
-            acc = _mma(round_to(a_rest - a1.to(tl.float32), tl.bfloat16), b0, acc)
         acc = _mma(a1, b0, acc)
     if b.dtype != tl.bfloat16:
-        b_rest = b.to(tl.float32) - b0.to(tl.float32)
-        b1 = round_to(b_rest, tl.bfloat16)
-        if THREE and b.dtype == tl.float32:
-            acc = _mma(a0, round_to(b_rest - b1.to(tl.float32), tl.bfloat16), acc)
-        if THREE and a.dtype != tl.bfloat16:
-            acc = _mma(a1, b1, acc)
         acc = _mma(a0, b1, acc)
+    return _mma(a0, b0, acc)
+
+
+@triton.jit
+def _dot_sides(a, b, acc):
+    # The same with the halves of b side by side. A product with few columns waits for shared memory longer than it
+    # multiplies: one with twice as many takes half the time of two.
+    b0, b1 = two_halves(b)
+    both = tl.reshape(tl.join(b1, b0), [b.shape[0], 2 * b.shape[1]])
+    sums = _mma(a, both, tl.zeros((a.shape[0], 2 * b.shape[1]), tl.float32))
+    small, large = tl.split(tl.reshape(sums, [a.shape[0], b.shape[1], 2]))
+    return acc + (small + large)
+
+
+@triton.jit
+def _thirds(v):
+    v = v.to(tl.float32)
+    first = _nearest_bf16(v)
+    second = _nearest_bf16(v - first)
+    return first.to(tl.bfloat16), second.to(tl.bfloat16), round_to(v - first - second, tl.bfloat16)
+
+
+@triton.jit
+def _dot_split3(a, b, acc):
+    # Three bf16 of 8 bits each: the six products that reach 2^-24, the smaller three first.
+    a0, a1, a2 = _thirds(a)
+    b0, b1, b2 = _thirds(b)
+    acc = _mma(a2, b0, acc)
+    acc = _mma(a1, b1, acc)
+    acc = _mma(a0, b2, acc)
+    acc = _mma(a1, b0, acc)
+    acc = _mma(a0, b1, acc)
     return _mma(a0, b0, acc)
 
 
@@ -173,14 +210,18 @@ def _dot_split(a, b, acc, THREE: tl.constexpr):
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in f32; PRECISION is one that `precision` names, a and b of any of f32, bf16, f16.
 
-    "split3" is "split" to the last bit of f32, for sums that cancel.
+    "split3" is "split" to the last bit of f32, for sums that cancel; "sides" is "split" for a b of few columns.
     """
     if PRECISION == "bf16":
         acc = _mma(round_to(a, tl.bfloat16), round_to(b, tl.bfloat16), acc)
     elif PRECISION == "fp16":
         acc = _mma(round_to(a, tl.float16), round_to(b, tl.float16), acc)
-    elif PRECISION == "split" or PRECISION == "split3":
-        acc = _dot_split(a, b, acc, PRECISION == "split3")
+    elif PRECISION == "sides" and a.dtype == tl.bfloat16:
+        acc = _dot_sides(a, b, acc)
+    elif PRECISION == "split" or PRECISION == "sides":
+        acc = _dot_split(a, b, acc)
+    elif PRECISION == "split3":
+        acc = _dot_split3(a, b, acc)
     else:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
     return acc
@@ -192,11 +233,17 @@ def long_dot(a, b, acc, PRECISION: tl.constexpr):
 
     Tensor cores cut off what f32 units round, and one chain of thousands of roundings errs more than many short ones.
     """
-    if PRECISION == "split" or PRECISION == "ieee":
+    if PRECISION == "split" or PRECISION == "sides" or PRECISION == "ieee":
         acc += dot(a, b, tl.zeros_like(acc), PRECISION)
     else:
         acc = dot(a, b, acc, PRECISION)
     return acc
+
+
+@triton.jit
+def long_pair_dot(a, first, second, acc):
+    """acc + a @ (first + second) of bf16, as one of many terms: "split" with the halves of b made beforehand."""
+    return acc + _mma(a, first, _mma(a, second, tl.zeros_like(acc)))
 
 
 def precision(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
@@ -209,6 +256,11 @@ def precision(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
     if x_dtype == torch.float32:
         return "tf32" if torch.version.hip is None and _tf32_allowed() else "ieee"
     return _TRITON_NAMES[x_dtype] if x_dtype == weight_dtype else "split"
+
+
+def of_rank(precision: str, rank: int) -> str:
+    """The same for products whose second factor has so many columns."""
+    return "sides" if precision == "split" and 1 < rank <= 32 else precision  # of one, Triton's compiler fails
 
 
 def _tf32_allowed() -> bool:

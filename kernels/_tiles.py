@@ -1,7 +1,6 @@
 """Tile sizes by architecture and shape class; nothing is tuned at run time.
 
-sm90: the fastest of up to thirty candidates a row on an H200, x [8192, 4096] with dropout (f32: [2048, 4096]); the
-expand and column passes, which have changed since, by registers and instructions a tile.
+sm90: the fastest of up to thirty candidates a row on an H200, x [8192, 4096] with dropout (f32: [2048, 4096]).
 Elsewhere by counting bytes and registers: about 20 kB must be in flight per multiprocessor (latency times bandwidth on
 H100), every multiprocessor must own a program, and f32 products without tf32 run on the FMA units, whose operands live
 in registers, hence the small f32 tiles.
@@ -33,10 +32,14 @@ _Rows = dict[int, tuple[int, int, int, int, int]]
 _TILES: dict[tuple[str, str], _Rows] = {
     ("row", "half"): {32: (64, 128, 32, 4, 4), 64: (64, 128, 64, 4, 3), 128: (64, 64, 128, 4, 4)},
     ("row", "split"): {16: (64, 64, 16, 4, 4), 64: (64, 64, 64, 4, 3), 128: (64, 32, 128, 8, 3)},
-    ("row", "float"): {64: (64, 32, 64, 4, 3), 128: (64, 32, 128, 8, 2)},
+    ("row", "pair"): {64: (64, 64, 64, 4, 3), 128: (64, 32, 128, 4, 3)},
+    ("row", "float"): {64: (64, 32, 64, 4, 3), 128: (64, 16, 128, 8, 2)},
     ("expand", "half"): {128: (64, 128, 32, 8, 2)},
     ("expand", "split"): {128: (64, 64, 32, 4, 2)},
     ("expand", "float"): {128: (64, 64, 16, 8, 2)},
+    ("columns", "half"): {64: (64, 128, 64, 4, 3), 128: (64, 64, 128, 4, 3)},
+    ("columns", "split"): {32: (64, 128, 32, 4, 3), 64: (64, 64, 64, 4, 3), 128: (64, 64, 128, 4, 2)},
+    ("columns", "float"): {128: (64, 64, 16, 8, 2)},
     ("column", "half"): {
         16: (32, 128, 16, 8, 2),
         32: (32, 64, 32, 4, 2),
@@ -44,12 +47,16 @@ _TILES: dict[tuple[str, str], _Rows] = {
         128: (64, 64, 128, 8, 2),
     },
     ("column", "split"): {32: (32, 64, 32, 4, 2), 128: (64, 64, 128, 8, 2)},
+    ("column", "pair"): {64: (64, 64, 64, 4, 3), 128: (64, 64, 128, 4, 2)},
     ("column", "float"): {16: (32, 128, 16, 8, 2), 128: (32, 64, 128, 8, 2)},
     ("dy", "half"): {32: (64, 256, 32, 4, 2)},
     ("dy", "split"): {32: (32, 128, 32, 4, 2)},
-    ("fused", "half"): {64: (64, 128, 64, 4, 3), 128: (64, 64, 128, 4, 3)},
-    ("fused", "split"): {32: (64, 64, 32, 4, 3), 64: (64, 64, 64, 4, 2), 128: (32, 64, 128, 8, 2)},
-    ("fused", "float"): {64: (32, 32, 64, 4, 2), 128: (32, 32, 128, 8, 2)},
+    ("x", "half"): {32: (32, 128, 32, 4, 3)},
+    ("x", "split"): {32: (32, 128, 32, 4, 3)},
+    ("x", "float"): {32: (32, 64, 32, 4, 2)},
+    ("both", "half"): {64: (64, 128, 64, 4, 3), 128: (64, 64, 128, 4, 3)},
+    ("both", "split"): {32: (64, 64, 32, 4, 3), 64: (64, 64, 64, 4, 2), 128: (32, 64, 128, 8, 2)},
+    ("both", "float"): {64: (32, 32, 64, 8, 2)},
 }
 
 # Where an architecture's registers or instructions want another row than the one above: with these nothing spills.
@@ -58,8 +65,9 @@ _OVERRIDES: dict[tuple[str, str, str], _Rows] = {
     ("sm80", "expand", "split"): {16: (64, 64, 16, 4, 2), 128: (32, 64, 32, 8, 2)},
     ("sm80", "expand", "float"): {128: (64, 32, 16, 8, 2)},
     ("sm80", "column", "half"): {64: (32, 64, 64, 8, 2), 128: (32, 32, 128, 8, 2)},
-    ("sm80", "column", "split"): {64: (32, 32, 64, 4, 2)},
+    ("sm80", "column", "split"): {64: (32, 32, 64, 4, 2), 128: (16, 32, 128, 8, 2)},
     ("sm80", "column", "float"): {64: (32, 64, 64, 8, 2), 128: (16, 32, 128, 8, 2)},
+    ("sm80", "both", "half"): {64: (64, 64, 64, 4, 3)},
     ("sm90", "row", "half"): {32: (128, 128, 32, 4, 3), 64: (64, 64, 64, 4, 3)},
     ("sm90", "row", "split"): {16: (64, 64, 16, 4, 3), 64: (64, 64, 64, 4, 3), 128: (32, 64, 128, 4, 3)},
     ("sm90", "row", "float"): {16: (64, 128, 16, 4, 3), 64: (64, 64, 64, 4, 3)},
@@ -69,13 +77,15 @@ _OVERRIDES: dict[tuple[str, str, str], _Rows] = {
     ("sm90", "column", "split"): {16: (32, 128, 16, 4, 3), 64: (32, 128, 64, 4, 3), 128: (64, 128, 128, 8, 3)},
     ("sm90", "column", "float"): {16: (32, 64, 16, 8, 2), 64: (32, 32, 64, 4, 2), 128: (32, 32, 128, 8, 2)},
     ("sm90", "bottleneck/column", "split"): {64: (32, 64, 64, 4, 3)},
+    ("sm90", "dropout/columns", "split"): {64: (64, 128, 64, 4, 2)},
     ("sm90", "dy", "half"): {32: (64, 256, 32, 8, 3)},
-    ("sm90", "dy", "split"): {16: (64, 128, 16, 4, 3)},
-    ("sm90", "fused", "half"): {64: (32, 128, 64, 8, 3)},
-    ("sm90", "fused", "split"): {64: (32, 128, 64, 4, 3)},
+    ("sm90", "dy", "split"): {16: (64, 128, 16, 4, 2)},
+    ("sm90", "both", "half"): {64: (32, 64, 64, 8, 3)},
+    ("sm90", "both", "split"): {64: (32, 128, 64, 4, 3)},
     ("sm90", "multi_low_rank/expand", "half"): {64: (64, 128, 32, 8, 2), 128: (64, 64, 32, 8, 2)},
     ("sm90", "multi_low_rank/expand", "split"): {64: (64, 64, 32, 4, 2)},
-    ("sm90", "weight_norm/expand", "split"): {64: (64, 64, 32, 4, 2)},
+    ("sm90", "weight_norm/row", "split"): {16: (64, 32, 16, 4, 3)},
+    ("sm90", "weight_norm/expand", "split"): {16: (64, 64, 16, 4, 3), 64: (64, 64, 32, 4, 2)},
     ("sm80", "weight_norm/expand", "float"): {128: (64, 64, 16, 4, 2)},
     ("sm100", "row", "split"): {16: (64, 32, 16, 4, 4), 64: (64, 64, 64, 8, 3)},
     ("sm100", "expand", "split"): {16: (64, 64, 16, 8, 2)},
@@ -86,7 +96,7 @@ _OVERRIDES: dict[tuple[str, str, str], _Rows] = {
     ("sm100", "column", "float"): {64: (32, 32, 64, 4, 2), 128: (32, 32, 128, 8, 2)},
     ("sm100", "bottleneck/column", "split"): {32: (32, 32, 32, 8, 2)},
     ("sm100", "multi_low_rank/column", "split"): {16: (32, 64, 16, 8, 2)},
-    ("sm100", "fused", "half"): {64: (64, 128, 64, 8, 3)},
+    ("sm100", "both", "half"): {64: (64, 128, 64, 8, 3)},
     ("sm100", "multi_low_rank/row", "half"): {64: (64, 64, 64, 4, 3)},
     ("sm100", "multi_low_rank/row", "split"): {16: (64, 32, 16, 8, 4)},
     ("sm100", "multi_low_rank/expand", "half"): {64: (64, 128, 32, 8, 2), 128: (64, 64, 32, 8, 2)},
@@ -108,7 +118,8 @@ def next_power_of_2(n: int) -> int:
 
 
 def _kind(precision: str) -> str:
-    return {"bf16": "half", "fp16": "half", "split": "split", "split3": "split"}.get(precision, "float")
+    kinds = {"bf16": "half", "fp16": "half", "pair": "pair", "sides": "split", "split": "split"}
+    return kinds.get(precision.removesuffix("3"), "float")
 
 
 def padded_rank(rank: int) -> int:
@@ -118,7 +129,7 @@ def padded_rank(rank: int) -> int:
 
 @functools.cache
 def tile(name: str, precision: str, rank: int, arch: str) -> Tile:
-    """Tile of a pass ("row", "expand", "column", "dy", "fused") for this precision, rank and architecture.
+    """Tile of a pass (those of `_TILES`) for this precision, rank and architecture.
 
     "OP/PASS": that of the pass, unless the op's own kernel for it has an override.
     """

@@ -4,8 +4,8 @@ x [M, K], a [R, K], b [N, R], y [M, N]; x, y in f32, bf16 or f16 with any row st
 same types, independently; products accumulate in f32. The dropout mask is regenerated from (seed, row, column).
 
 forward   row pass over x (h), expand pass on y: x read once, y written once, and read where the base came first
-backward  dy pass (dh, db, base_dot; for larger ranks a row and a column pass), expand pass (dx), column pass over x
-          (da), reduction
+backward  dy pass (dh, db, base_dot), x pass (dx, da), reduction; for larger ranks a row and a column pass over dy, an
+          expand pass (dx), a column pass over x (da), reduction
 Source of the method: Hu et al. 2021 (arXiv:2106.09685), eq. 3.
 """
 
@@ -19,9 +19,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import dot, dropout_args, long_dot, precision, refuse_common
+from ._common import (
+    Dropout,
+    dot,
+    dropout_args,
+    keep_mask,
+    long_dot,
+    of_rank,
+    precision,
+    refuse_common,
+    round_to,
+    row_keys,
+)
 from ._device import Device, Source, device_of, launch, on_device, sources
-from ._launch import Gradients, column_pass, expand_pass, hash_rows, row_pass, sum_splits
+from ._launch import (
+    Gradients,
+    both_passes,
+    column_pass,
+    expand_pass,
+    halves,
+    hash_rows,
+    one_kernel,
+    row_pass,
+    sum_splits,
+)
 from ._tiles import cdiv, tile
 
 
@@ -50,10 +71,12 @@ def forward(
     drop = dropout_args(p, seed)
     product = precision(x.dtype, a.dtype)
     base = y if base is None and not first else base
+    plain = dropout_args(0.0, None)
     with on_device(x):
-        h = row_pass(x, a, drop.inv_keep, drop, product, may_split=True)
-        plain = dropout_args(0.0, None)
-        return expand_pass(h, b.T, base, y, scale, plain, product, scale=column_scale, shift=shift)
+        if base is None and column_scale is None and shift is None and one_kernel(x, y, a.shape[0]):
+            return both_passes(x, a, b.T, None, y, product, drop, True, (drop.inv_keep, scale))
+        h = row_pass(x, halves(a, x, product), drop.inv_keep, drop, product, may_split=True)
+        return expand_pass(h, b.T, base, y, scale, plain, product, scale=column_scale, shift=shift)[0]
 
 
 def backward(
@@ -88,22 +111,29 @@ def backward(
         da_slot = slots.pop(0) if need_a else None
         db_slot = slots.pop(0) if need_b else None
         dot_slot = slots.pop(0) if base is not None else None
-        dh = None
-        if need_dh and db_slot is not None and _one_dy_pass(dy, r):
+        dh: Tensor | None = None
+        if need_dh and db_slot is not None and 1 < r <= _ONE_DY_PASS and dy.element_size() == 2:
             dh = _dy_pass(dy, b, h, db_slot, grads, scale, product, base, dot_slot)
         elif db_slot is not None:
             column_pass(
-                dy, h, grads, plain, product,
+                dy, halves(h, dy, product), grads, plain, product,
                 grad=db_slot, grad_strides=(1, r), grad_factor=scale, src_sum=dot_slot, other=base,
             )  # fmt: skip
         if need_dh and dh is None:
-            dh = sum_splits(row_pass(dy, b.T, scale, plain, product, may_split=True))
+            dh = row_pass(dy, halves(b, dy, product).mT, scale, plain, product, may_split=True)
         if dh is not None:
             drop = hash_rows(x, dropout_args(p, seed))
-            if dx is not None:
-                expand_pass(dh[None], a, None if first else dx, dx, 1.0, drop, product)
-            if da_slot is not None:
-                column_pass(x, dh, grads, drop, product, grad=da_slot, grad_strides=(k, 1), grad_factor=drop.inv_keep)
+            if first and dx is not None and da_slot is not None and r <= _ONE_X_PASS:
+                _x_pass(x, a, dh, dx, da_slot, grads, drop, product)
+            else:
+                if dx is not None:
+                    g = expand_pass(dh, a, None if first else dx, dx, 1.0, drop, product)[1]
+                else:
+                    g = halves(sum_splits(dh), x, product)
+                if da_slot is not None:
+                    column_pass(
+                        x, g, grads, drop, product, grad=da_slot, grad_strides=(k, 1), grad_factor=drop.inv_keep
+                    )
         sums = grads.finish()
     da, db = (sums.pop(0) if need_a else None), (sums.pop(0) if need_b else None)
     if base_dot is not None:
@@ -170,9 +200,9 @@ def dy_kernel(
     tl.store(db_ptr + split.to(tl.int64) * stride_split + weight_tile, acc * scale, mask=weight_mask)
 
 
-def _one_dy_pass(dy: Tensor, rank: int) -> bool:
-    """Whether dy is larger than the cache while the partials of dh (8 R bytes per row and chunk) stay well below it."""
-    return rank <= 32 and dy.element_size() == 2 and dy.numel() * 2 > device_of(dy).cache // 2
+#: Largest rank that `dy_kernel` takes: it writes 8 R bytes for the latent's gradient per row and block of columns.
+#: For rank 1, whose loads are odd, the compiler's code spills.
+_ONE_DY_PASS = 32
 
 
 def _dy_pass(
@@ -194,10 +224,102 @@ def _dy_pass(
         dy_kernel, (chunks, grads.splits),
         dy, b, h, partial, db, base, base_dot, m, n, r, dy.stride(0), 0 if base is None else base.stride(0),
         grads.size, grads.rows_per_split, float(scale),
-        PRECISION=precision, BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
+        PRECISION=of_rank(precision, r), BLOCK_M=t.block_m, BLOCK_N=t.block_c, BLOCK_R=t.block_r,
         num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
-    return sum_splits(partial)
+    return partial
+
+
+@triton.jit(do_not_specialize=["M", "dh_splits", "rows_per_split", "stride_split", "threshold"])
+def x_kernel(
+    x_ptr,
+    a_ptr,
+    dh_ptr,
+    dx_ptr,
+    da_ptr,
+    seed_ptr,
+    M,
+    K,
+    R,
+    stride_xm,
+    dh_splits,
+    stride_split,
+    rows_per_split,
+    inv_keep,
+    threshold,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """What the latent's gradient gives on both sides of the dropout, whose mask is made once.
+
+    dx[m, k] = drop(dh a)[m, k]; da[split of m, r, k] = sum_m dh[m, r] drop(x)[m, k]. SPLIT: dh is the sum of dh_splits.
+    EVEN: K is a multiple of BLOCK_K.
+    """
+    pid_k = tl.program_id(0)
+    split = tl.program_id(1)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_k = offs_k < K
+    mask_r = offs_r < R
+    weight_tile = offs_r.to(tl.int64)[:, None] * K + offs_k[None, :]
+    a = tl.load(a_ptr + weight_tile, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
+    acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    row_start = split * rows_per_split
+    row_end = min(row_start + rows_per_split, M)
+    for m in tl.range(row_start, row_end, BLOCK_M, num_stages=STAGES):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < row_end
+        # Rows beyond the end, where dh is 0, read the last one: without a mask a load is a plain copy.
+        rows = tl.minimum(offs_m, row_end - 1).to(tl.int64)[:, None]
+        x_tile = x_ptr + rows * stride_xm + offs_k[None, :]
+        x = tl.load(x_tile) if EVEN else tl.load(x_tile, mask=mask_k[None, :], other=0.0)
+        dh_tile = dh_ptr + rows * R + offs_r[None, :]
+        dh_mask = mask_m[:, None] & mask_r[None, :]
+        dh = tl.load(dh_tile, mask=dh_mask, other=0.0)
+        if SPLIT:
+            for i in range(1, dh_splits):
+                dh += tl.load(dh_tile + tl.cast(i, tl.int64) * M * R, mask=dh_mask, other=0.0)
+        dh *= inv_keep
+        dx = round_to(dot(dh, a, tl.zeros((BLOCK_M, BLOCK_K), tl.float32), PRECISION), x.dtype)
+        if DROPOUT:
+            key1, key2 = row_keys(seed_ptr, offs_m, DROPOUT)
+            keep = keep_mask(key1, key2, offs_k, threshold)
+            x, dx = tl.split(tl.where(keep[:, :, None], tl.join(x, dx), 0.0))
+        mask = mask_m[:, None] if EVEN else mask_m[:, None] & mask_k[None, :]
+        tl.store(dx_ptr + rows * K + offs_k[None, :], dx, mask=mask)
+        acc = long_dot(tl.trans(x), dh, acc, PRECISION)
+    da_tile = da_ptr + split.to(tl.int64) * stride_split + offs_r.to(tl.int64)[None, :] * K + offs_k[:, None]
+    tl.store(da_tile, acc, mask=mask_k[:, None] & mask_r[None, :])
+
+
+#: Largest rank that `x_kernel` takes: for larger ones the gradient does not fit the registers beside dx.
+_ONE_X_PASS = 32
+#: Elements that its programs may read between them to sum the splits of dh; above, a launch costs less.
+_SUMMED_IN_PLACE = 1 << 22
+
+
+def _x_pass(
+    x: Tensor, a: Tensor, dh: Tensor, dx: Tensor, da: Tensor, grads: Gradients, drop: Dropout, precision: str
+) -> None:
+    (m, k), r = x.shape, a.shape[0]
+    t = tile("x", precision, r, device_of(x).arch)
+    blocks_k = cdiv(k, t.block_c)
+    if blocks_k * dh.numel() > _SUMMED_IN_PLACE:
+        dh = sum_splits(dh)[None]
+    launch(
+        x_kernel, (blocks_k, grads.splits),
+        x, a, dh, dx, da, drop.seed, m, k, r, x.stride(0), dh.shape[0], grads.size, grads.rows_per_split,
+        drop.inv_keep, drop.threshold,
+        DROPOUT=drop.mode, PRECISION=of_rank(precision, r), SPLIT=dh.shape[0] > 1, EVEN=k % t.block_c == 0,
+        BLOCK_M=t.block_m, BLOCK_K=t.block_c, BLOCK_R=t.block_r, STAGES=t.num_stages,
+        num_warps=t.num_warps, num_stages=t.num_stages,
+    )  # fmt: skip
 
 
 def aot_sources(device: Device) -> Iterator[Source]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._common import dot, dropout_args, precision, refuse_common
 from ._device import Device, Source, device_of, launch, on_device, sources
-from ._launch import Gradients, column_pass, row_pass, sum_splits
+from ._launch import Gradients, column_pass, reduce_pass, row_pass
 from ._tiles import cdiv, tile
 
 
@@ -47,9 +47,11 @@ def forward(wide: Tensor, up: Tensor, down: Tensor, scale: float, by_row: bool) 
             norm_kernel, (kept, splits),
             wide, up, down, partial, p, q, r, wide.stride(0), size, per_split, float(scale),
             BY_ROW=by_row, PRECISION=product, BLOCK_P=t.block_m, BLOCK_Q=t.block_c, BLOCK_R=t.block_r,
-            ONE_BLOCK=r <= t.block_r, num_warps=t.num_warps, num_stages=t.num_stages,
+            ONE_BLOCK=r <= t.block_r, STAGES=t.num_stages, num_warps=t.num_warps, num_stages=t.num_stages,
         )  # fmt: skip
-        return sum_splits(partial).sqrt_()
+        norms = torch.empty(size, dtype=torch.float32, device=wide.device)
+        reduce_pass(partial, [norms], root=True)
+    return norms
 
 
 def backward(wide: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,28 +76,6 @@ def _tile_offsets(offs, block, BY_ROW: tl.constexpr, BLOCK_P: tl.constexpr, BLOC
         offs_p = block * BLOCK_P + tl.arange(0, BLOCK_P)
         offs_q = offs
     return offs_p, offs_q
-
-
-@triton.jit
-def _wide_tile(
-    wide_ptr,
-    stride_widep,
-    offs,
-    block,
-    end,
-    P,
-    Q,
-    BY_ROW: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-):
-    """Tile of wide, 0 outside of it and from block `end` on."""
-    offs_p, offs_q = _tile_offsets(offs, block, BY_ROW, BLOCK_P, BLOCK_Q)
-    if BY_ROW:
-        mask = (offs_p < P)[:, None] & (offs_q < min(Q, end * BLOCK_Q))[None, :]
-    else:
-        mask = (offs_p < min(P, end * BLOCK_P))[:, None] & (offs_q < Q)[None, :]
-    return tl.load(wide_ptr + offs_p.to(tl.int64)[:, None] * stride_widep + offs_q[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -129,6 +109,7 @@ def norm_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """out[split, i] = sum of (wide + scale * up down)^2 over one split of the other axis; `size` is the length of i."""
     kept = tl.program_id(0)
@@ -142,11 +123,10 @@ def norm_kernel(
         end = min(start + blocks_per_split, tl.cdiv(P, BLOCK_P))
         sums = tl.zeros((BLOCK_Q,), tl.float32)
         offs = kept * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    # The next tile of wide is in flight during this one's dots: only their operands are pipelined for us.
-    wide = _wide_tile(wide_ptr, stride_widep, offs, start, end, P, Q, BY_ROW, BLOCK_P, BLOCK_Q)
-    for block in range(start, end):
-        next_wide = _wide_tile(wide_ptr, stride_widep, offs, block + 1, end, P, Q, BY_ROW, BLOCK_P, BLOCK_Q)
+    for block in tl.range(start, end, num_stages=STAGES):
         offs_p, offs_q = _tile_offsets(offs, block, BY_ROW, BLOCK_P, BLOCK_Q)
+        mask = (offs_p < P)[:, None] & (offs_q < Q)[None, :]
+        wide = tl.load(wide_ptr + offs_p.to(tl.int64)[:, None] * stride_widep + offs_q[None, :], mask=mask, other=0.0)
         acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
         if ONE_BLOCK:
             acc = _product_tile(up_ptr, down_ptr, offs_p, offs_q, 0, P, Q, R, acc, PRECISION, BLOCK_R)
@@ -155,7 +135,6 @@ def norm_kernel(
                 acc = _product_tile(up_ptr, down_ptr, offs_p, offs_q, r, P, Q, R, acc, PRECISION, BLOCK_R)
         total = wide.to(tl.float32) + acc * scale
         sums += tl.sum(total * total, axis=1 if BY_ROW else 0)
-        wide = next_wide
     tl.store(out_ptr + split.to(tl.int64) * size + offs, sums, mask=offs < size)
 
 

@@ -142,11 +142,13 @@ def test_tf32_only_where_torch_allows_it() -> None:
     assert _common.precision(torch.float16, torch.float32) == "split"
 
 
-@pytest.mark.parametrize("name", ["row", "expand", "column", "fused"])
+@pytest.mark.parametrize("name", ["row", "expand", "column", "both"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "split", "ieee", "tf32"])
 def test_every_rank_has_a_tile(name: str, precision: str) -> None:
     for arch in ("sm80", "sm90", "sm100", "gfx942", "one of tomorrow"):
         for rank in (1, 15, 16, 17, 64, 65, 128, 129, 1000):
+            if name == "both" and precision in ("ieee", "tf32") and rank > 64:
+                continue  # f32 of large rank takes a pass for each product
             tile = _tiles.tile(name, precision, rank, arch)
             assert all(size & (size - 1) == 0 and size >= 16 for size in tile[:3])
             assert _tiles.row_block_m(1, tile, 132) == 16
