@@ -29,9 +29,9 @@ _SHORT_ROWS = 2048
 #: Programs of a column pass that a multiprocessor should have, and those with halves, of which it holds three.
 _COLUMN_PROGRAMS, _PAIR_PROGRAMS = 4, 3
 #: Columns that the programs of a multiprocessor keep between them in the expand pass.
-_COLUMNS = 256
-#: Tiles from which a program of it keeps its columns.
-_COLUMN_BLOCKS = 4
+_KEPT_COLUMNS = 256
+#: Tiles of a program from which it keeps its columns.
+_KEPT_TILES = 4
 #: Elements from which rows are hashed once, for all tiles of a row: a launch costs more than the hashes of fewer.
 _HASH_ROWS = 1 << 22
 #: Sums that a program of the reduction or of the latent pass makes.
@@ -165,11 +165,11 @@ def expand_pass(
     splits, m, r = h.shape
     n = out.shape[1]
     device = device_of(out)
-    t = tile("dropout/columns" if drop.mode else "columns", precision, r, device.arch)
+    t = tile("dropout/expand_columns" if drop.mode else "expand_columns", precision, r, device.arch)
     blocks_m, blocks_n = cdiv(m, t.block_m), cdiv(n, t.block_c)
-    programs = device.processors * _COLUMNS // t.block_c
+    programs = device.processors * _KEPT_COLUMNS // t.block_c
     # Elsewhere the latent pass costs more than it saves, or the addresses do not fit the registers.
-    if r <= t.block_r and n % 16 == 0 and blocks_m * blocks_n >= _COLUMN_BLOCKS * programs:
+    if r <= t.block_r and n % 16 == 0 and blocks_m * blocks_n >= _KEPT_TILES * programs:
         value, operand = latent_pass(h, h_bias, pre, act, precision)
         rows_per_program = t.block_m * cdiv(blocks_m * blocks_n, programs)
         launch(

@@ -123,9 +123,9 @@ def row_kernel(
 
 
 @triton.jit
-def latent_tile(h_ptr, bias_ptr, offs_m, offs_r, M, R, splits, SPLIT: tl.constexpr):
-    """h[m, r] = sum over splits of the row pass's partials (+ bias[r]), f32, 0 outside; SPLIT: splits > 1."""
-    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+def latent_tile(h_ptr, bias_ptr, offs_m, offs_r, end, M, R, splits, SPLIT: tl.constexpr):
+    """h[m, r] = sum over splits of the row pass's partials (+ bias[r]), f32, 0 from row `end` on; SPLIT: splits > 1."""
+    mask = (offs_m < end)[:, None] & (offs_r < R)[None, :]
     tile_ptr = h_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
     h = tl.load(tile_ptr, mask=mask, other=0.0)
     if SPLIT:
@@ -144,27 +144,15 @@ def store_latent(out_ptr, h, offs_m, offs_r, M, R):
 
 
 @triton.jit
-def base_tile(base_ptr, stride_basem, offs_m, offs_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tile of base [M, N], or f32 zeros without one."""
+def base_tile(base_ptr, stride_basem, offs_m, offs_n, M, N, INSIDE: tl.constexpr = False):
+    """Tile of base [M, N], or f32 zeros without one. INSIDE: nothing of it is outside."""
     if base_ptr is None:
-        base = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        base = tl.zeros((offs_m.shape[0], offs_n.shape[0]), tl.float32)
     else:
+        tile = base_ptr + offs_m.to(tl.int64)[:, None] * stride_basem + offs_n[None, :]
         mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        base = tl.load(base_ptr + offs_m.to(tl.int64)[:, None] * stride_basem + offs_n[None, :], mask=mask, other=0.0)
+        base = tl.load(tile) if INSIDE else tl.load(tile, mask=mask, other=0.0)
     return base
-
-
-@triton.jit
-def scaled_base(base, scale_ptr, shift_ptr, offs_n, N):
-    """scale[n] (1 without one) and scale * base + shift, f32."""
-    scale = 1.0
-    added = base.to(tl.float32)
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
-        added *= scale
-    if shift_ptr is not None:
-        added += tl.load(shift_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
-    return scale, added
 
 
 @triton.jit
@@ -172,6 +160,8 @@ def store_expanded(
     acc,
     base,
     bias_ptr,
+    scale_ptr,
+    shift_ptr,
     out_ptr,
     key1,
     key2,
@@ -185,14 +175,22 @@ def store_expanded(
 ):
     """out[m, n] = base[m, n] + keep[m, n] * factor * (acc + bias)[m, n] in out's dtype; out is contiguous.
 
-    key1 and key2 are the rows' dropout keys, unused without dropout; factor holds dropout's 1 / (1 - p).
+    scale, shift [N] f32 or none (with no dropout): out = scale * out + shift. key1 and key2 are the rows' dropout keys,
+    unused without dropout; factor holds dropout's 1 / (1 - p).
     """
+    added = base.to(tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
+        added *= scale
+        acc *= scale
+    if shift_ptr is not None:
+        added += tl.load(shift_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     acc *= factor
     if DROPOUT:
         acc = tl.where(keep_mask(key1, key2, offs_n, threshold), acc, 0.0)
-    acc += base.to(tl.float32)
+    acc += added
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     offsets = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(out_ptr + offsets, round_to(acc, out_ptr.dtype.element_ty), mask=mask)
@@ -237,21 +235,20 @@ def expand_kernel(
     if DROPOUT:
         key1, key2 = row_keys(seed_ptr, offs_m, DROPOUT)
     SPLIT: tl.constexpr = h_out_ptr is not None
-    base = base_tile(base_ptr, stride_basem, offs_m, offs_n, M, N, BLOCK_M, BLOCK_N)
+    base = base_tile(base_ptr, stride_basem, offs_m, offs_n, M, N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r in range(0, R, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
         w_tile = w_ptr + offs_r.to(tl.int64)[:, None] * stride_wr + offs_n.to(tl.int64)[None, :] * stride_wn
         w = tl.load(w_tile, mask=(offs_r < R)[:, None] & (offs_n < N)[None, :], other=0.0)
-        h = latent_tile(h_ptr, h_bias_ptr, offs_m, offs_r, M, R, splits, SPLIT)
+        h = latent_tile(h_ptr, h_bias_ptr, offs_m, offs_r, M, M, R, splits, SPLIT)
         if SPLIT:
             if pid_n == 0:
                 store_latent(h_out_ptr, h, offs_m, offs_r, M, R)
         acc = long_dot(activation(h, ACT), w, acc, PRECISION)
-    scale, added = scaled_base(base, scale_ptr, shift_ptr, offs_n, N)
-    if scale_ptr is not None:
-        acc *= scale
-    store_expanded(acc, added, bias_ptr, out_ptr, key1, key2, offs_m, offs_n, M, N, factor, threshold, DROPOUT)
+    store_expanded(
+        acc, base, bias_ptr, scale_ptr, shift_ptr, out_ptr, key1, key2, offs_m, offs_n, M, N, factor, threshold, DROPOUT
+    )
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -316,11 +313,13 @@ def both_kernel(
         key1, key2 = row_keys(seed_ptr, offs_m, OUTWARD)
     for block in tl.range(tl.cdiv(N, BLOCK_N), num_stages=STAGES):
         offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        base = base_tile(base_ptr, stride_basem, offs_m, offs_n, M, N, BLOCK_M, BLOCK_N)
+        base = base_tile(base_ptr, stride_basem, offs_m, offs_n, M, N)
         v_tile = v_ptr + offs_n.to(tl.int64)[None, :] * stride_vn + offs_r.to(tl.int64)[:, None] * stride_vr
         v = tl.load(v_tile, mask=(offs_n < N)[None, :] & mask_r[:, None], other=0.0)
         acc = dot(z, v, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-        store_expanded(acc, base, v_bias_ptr, out_ptr, key1, key2, offs_m, offs_n, M, N, v_factor, threshold, OUTWARD)
+        store_expanded(
+            acc, base, v_bias_ptr, None, None, out_ptr, key1, key2, offs_m, offs_n, M, N, v_factor, threshold, OUTWARD
+        )
 
 
 @triton.jit(do_not_specialize=["size", "splits"])
@@ -408,11 +407,7 @@ def expand_columns_kernel(
         rows = tl.minimum(offs_m, row_end - 1)
         z_tile = z_ptr + rows.to(tl.int64)[:, None] * R + offs_r[None, :]
         z = tl.load(z_tile) if EVEN else tl.load(z_tile, mask=(offs_r < R)[None, :], other=0.0)
-        if base_ptr is None:
-            base = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        else:
-            base_rows = base_ptr + rows.to(tl.int64)[:, None] * stride_basem + offs_n[None, :]
-            base = tl.load(base_rows) if EVEN else tl.load(base_rows, mask=(offs_n < N)[None, :], other=0.0)
+        base = base_tile(base_ptr, stride_basem, rows, offs_n, M, N, EVEN)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if PRECISION == "split":
             rest_tile = z_tile + tl.cast(M, tl.int64) * R
@@ -425,12 +420,10 @@ def expand_columns_kernel(
         key1, key2 = rows, rows
         if DROPOUT:
             key1, key2 = row_keys(seed_ptr, rows, DROPOUT)
-        scale, added = scaled_base(base, scale_ptr, shift_ptr, offs_n, N)
-        if scale_ptr is not None:
-            acc *= scale
         store_expanded(
-            acc, added, bias_ptr, out_ptr, key1, key2, offs_m, offs_n, row_end, N, factor, threshold, DROPOUT
-        )
+            acc, base, bias_ptr, scale_ptr, shift_ptr, out_ptr, key1, key2, offs_m, offs_n, row_end, N, factor,
+            threshold, DROPOUT,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Tile sizes by architecture and shape class; nothing is tuned at run time.
 
-sm90: the fastest of up to thirty candidates a row on an H200, x [8192, 4096] with dropout (f32: [2048, 4096]).
+sm90: the fastest of up to thirty candidates a row on an H200, x [8192, 4096] with dropout (f32: [2048, 4096]); "both",
+and rows of rank 128 where two or three were tried, by registers.
 Elsewhere by counting bytes and registers: about 20 kB must be in flight per multiprocessor (latency times bandwidth on
 H100), every multiprocessor must own a program, and f32 products without tf32 run on the FMA units, whose operands live
 in registers, hence the small f32 tiles.
@@ -37,9 +38,9 @@ _TILES: dict[tuple[str, str], _Rows] = {
     ("expand", "half"): {128: (64, 128, 32, 8, 2)},
     ("expand", "split"): {128: (64, 64, 32, 4, 2)},
     ("expand", "float"): {128: (64, 64, 16, 8, 2)},
-    ("columns", "half"): {64: (64, 128, 64, 4, 3), 128: (64, 64, 128, 4, 3)},
-    ("columns", "split"): {32: (64, 128, 32, 4, 3), 64: (64, 64, 64, 4, 3), 128: (64, 64, 128, 4, 2)},
-    ("columns", "float"): {128: (64, 64, 16, 8, 2)},
+    ("expand_columns", "half"): {64: (64, 128, 64, 4, 3), 128: (64, 64, 128, 4, 3)},
+    ("expand_columns", "split"): {32: (64, 128, 32, 4, 3), 64: (64, 64, 64, 4, 3), 128: (64, 64, 128, 4, 2)},
+    ("expand_columns", "float"): {128: (64, 64, 16, 8, 2)},
     ("column", "half"): {
         16: (32, 128, 16, 8, 2),
         32: (32, 64, 32, 4, 2),
@@ -77,7 +78,7 @@ _OVERRIDES: dict[tuple[str, str, str], _Rows] = {
     ("sm90", "column", "split"): {16: (32, 128, 16, 4, 3), 64: (32, 128, 64, 4, 3), 128: (64, 128, 128, 8, 3)},
     ("sm90", "column", "float"): {16: (32, 64, 16, 8, 2), 64: (32, 32, 64, 4, 2), 128: (32, 32, 128, 8, 2)},
     ("sm90", "bottleneck/column", "split"): {64: (32, 64, 64, 4, 3)},
-    ("sm90", "dropout/columns", "split"): {64: (64, 128, 64, 4, 2)},
+    ("sm90", "dropout/expand_columns", "split"): {64: (64, 128, 64, 4, 2)},
     ("sm90", "dy", "half"): {32: (64, 256, 32, 8, 3)},
     ("sm90", "dy", "split"): {16: (64, 128, 16, 4, 2)},
     ("sm90", "both", "half"): {64: (32, 64, 64, 8, 3)},

@@ -43,6 +43,7 @@ from ._launch import (
     row_pass,
     sum_splits,
 )
+from ._passes import latent_tile
 from ._tiles import cdiv, tile
 
 
@@ -279,13 +280,7 @@ def x_kernel(
         rows = tl.minimum(offs_m, row_end - 1).to(tl.int64)[:, None]
         x_tile = x_ptr + rows * stride_xm + offs_k[None, :]
         x = tl.load(x_tile) if EVEN else tl.load(x_tile, mask=mask_k[None, :], other=0.0)
-        dh_tile = dh_ptr + rows * R + offs_r[None, :]
-        dh_mask = mask_m[:, None] & mask_r[None, :]
-        dh = tl.load(dh_tile, mask=dh_mask, other=0.0)
-        if SPLIT:
-            for i in range(1, dh_splits):
-                dh += tl.load(dh_tile + tl.cast(i, tl.int64) * M * R, mask=dh_mask, other=0.0)
-        dh *= inv_keep
+        dh = latent_tile(dh_ptr, None, offs_m, offs_r, row_end, M, R, dh_splits, SPLIT) * inv_keep
         dx = round_to(dot(dh, a, tl.zeros((BLOCK_M, BLOCK_K), tl.float32), PRECISION), x.dtype)
         if DROPOUT:
             key1, key2 = row_keys(seed_ptr, offs_m, DROPOUT)

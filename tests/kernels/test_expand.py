@@ -31,12 +31,12 @@ def test_walking_down_the_rows(dtype: torch.dtype, rank: int, p: float, monkeypa
         launch(kernel, grid, *args, **keywords)
 
     monkeypatch.setattr(_launch, "launch", counted)
-    # All tiles by themselves, or by one program for all rows or each: the rows' end is inside a tile, and two programs.
     monkeypatch.setattr("peftkern.kernels.bottleneck.one_kernel", lambda *_: False)
     found = []
+    # A program for each tile; a program for each tile, which keeps its columns; one for all rows of its columns.
     for least, columns in ((1 << 40, 256), (0, 1 << 20), (0, 64)):
-        monkeypatch.setattr(_launch, "_COLUMN_BLOCKS", least)
-        monkeypatch.setattr(_launch, "_COLUMNS", columns)
+        monkeypatch.setattr(_launch, "_KEPT_TILES", least)
+        monkeypatch.setattr(_launch, "_KEPT_COLUMNS", columns)
         walked.append(0)
         x = rand(m, k).to(dtype).requires_grad_()
         with pk.use_backend("triton"):

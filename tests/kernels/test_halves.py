@@ -30,7 +30,7 @@ def test_halves_made_beforehand(op: Op, monkeypatch: pytest.MonkeyPatch) -> None
     for kwargs in cases:
         found = []
         for least in (1 << 40, 0):
-            for name in ("_HALVED", "_HALVED_RANK", "_COLUMN_BLOCKS"):
+            for name in ("_HALVED", "_HALVED_RANK", "_KEPT_TILES"):
                 monkeypatch.setattr(_launch, name, least)
             given = {name: kwargs[name] for name in LEAVES if kwargs.get(name) is not None}
             given = {name: t if name == "x" else t.float() for name, t in given.items()}
