@@ -22,6 +22,8 @@ _TRITON_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "
 
 # ---- dropout -------------------------------------------------------------------------------------------------------
 
+_ODD = tl.constexpr(0x9E3779B1)
+
 
 @triton.jit
 def _row_hash(seed_ptr, rows):
@@ -34,18 +36,15 @@ def _row_hash(seed_ptr, rows):
 
 @triton.jit
 def row_keys(seed_ptr, rows, DROPOUT: tl.constexpr = 1):
-    """Two uint32 keys per row: the halves of `_row_hash`, each already folded as `_pair_hash` needs it.
+    """a and b of every row, uint32, of which `_pair_bits` makes its random bits.
 
-    x ^ (x >> n) is linear over xor, so the row's part of it is computed once per row, not once per element.
     DROPOUT 2: seed_ptr is what `hash_rows` made, read instead of computed: 64-bit products cost as much as the rest.
     """
     if DROPOUT == 2:
         z = tl.load(seed_ptr + rows).to(tl.uint64)
     else:
         z = _row_hash(seed_ptr, rows)
-    key1 = z.to(tl.uint32)
-    key2 = (z >> 32).to(tl.uint32)
-    return key1 ^ (key1 >> 16), key2 ^ (key2 >> 15)
+    return z.to(tl.uint32), (z >> 32).to(tl.uint32) & 0xFFFF0000
 
 
 @triton.jit
@@ -56,35 +55,32 @@ def hash_rows_kernel(seed_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _pair_hash(key1, key2, pair):
-    """[rows, pairs] uint32: the bits that decide about columns 2 * pair (low half) and 2 * pair + 1 (high half)."""
-    c = pair ^ (pair >> 16)
-    x = (c[None, :] ^ key1[:, None]) * 0x21F0AAAD
-    x = x ^ (x >> 15) ^ key2[:, None]
-    x = x * 0xD35A2D97
-    return x ^ (x >> 15)
+def _pair_bits(a, b, odd):
+    """[rows, pairs] uint32: the bits that decide about the even column of each pair; times _ODD, about the odd one."""
+    c = odd * 0x21F0AAAD
+    c = (c ^ (c >> 15)) * 0xD35A2D97
+    return a[:, None] * c[None, :] + b[:, None]
 
 
 @triton.jit
-def keep_mask(key1, key2, cols, threshold):
+def keep_mask(a, b, cols, threshold):
     """[rows, cols] bool, True where dropout keeps the element. `threshold` is int32 bits of a uint32.
 
-    One hash serves a pair of columns: cols are consecutive, from an even one. The half that is the column's is moved to
-    the top, where it meets the threshold; the bits below it decide nothing, because the threshold's are zero.
+    cols are consecutive, from an even one. A product and a comparison an element; in pairs, because the compiler spoils
+    rows of comparisons that are all alike by packing them. Bits below the threshold's upper 16 decide nothing.
     """
     pairs: tl.constexpr = cols.shape[0] // 2
-    pair = tl.min(tl.reshape(cols.to(tl.uint32), [pairs, 2]), axis=1) >> 1
-    x = _pair_hash(key1, key2, pair)
+    bits = _pair_bits(a, b, tl.max(tl.reshape(cols.to(tl.uint32), [pairs, 2]), axis=1))
     limit = threshold.to(tl.uint32)
-    return tl.interleave((x << 16) >= limit, x >= limit)
+    return tl.interleave(bits >= limit, bits * _ODD >= limit)
 
 
 @triton.jit
-def keep_mask_at(key1, key2, cols, threshold):
-    """The same for any columns, a hash for each."""
+def keep_mask_at(a, b, cols, threshold):
+    """The same for any columns, with bits of their own for each."""
     c = cols.to(tl.uint32)
-    x = _pair_hash(key1, key2, c >> 1) << ((1 - (c & 1)) * 16)[None, :]
-    return x >= threshold.to(tl.uint32)
+    bits = _pair_bits(a, b, c | 1) * tl.where((c & 1) == 1, _ODD, 1).to(tl.uint32)[None, :]
+    return bits >= threshold.to(tl.uint32)
 
 
 class Dropout(NamedTuple):

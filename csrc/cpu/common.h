@@ -81,9 +81,10 @@ struct Dropout {
   float inverse_keep = 1.0f;
 };
 
-// The per-row part of the generator (splitmix64): two words that the column hash mixes in.
+// A row's words of the generator in halves of 16 bits: a, and the upper half of b (the lower is 0) and of b times kOdd.
+constexpr uint32_t kOdd = 0x9E3779B1u;
 struct RowKey {
-  uint32_t first, second;
+  uint16_t a_low, a_high, b_even, b_odd;
 };
 
 inline RowKey row_key(uint64_t seed, int64_t row) {
@@ -91,9 +92,8 @@ inline RowKey row_key(uint64_t seed, int64_t row) {
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
   z ^= z >> 31;
-  // x ^ (x >> n) is linear over xor, so the key's share of two such steps is taken here, once per row.
-  const uint32_t k1 = static_cast<uint32_t>(z), k2 = static_cast<uint32_t>(z >> 32);
-  return {k1 ^ (k1 >> 16), k2 ^ (k2 >> 15)};
+  const auto b = static_cast<uint16_t>(z >> 48);
+  return {static_cast<uint16_t>(z), static_cast<uint16_t>(z >> 16), b, static_cast<uint16_t>(b * kOdd)};
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -170,13 +170,26 @@ PEFTKERN_INLINE vf keep(vf v, uint32_t bits) {
   return as_float(as_bits(v) & reinterpret_cast<vu>((splat(bits) & lane) == lane));
 #endif
 }
-// Of the 2 * kLanes halves of x, in memory order, the bits of those that are at least the threshold.
 typedef uint16_t halves __attribute__((vector_size(4 * kLanes)));
-PEFTKERN_INLINE uint32_t halves_at_least(vu x, halves threshold) {
+// The upper halves of the products.
+PEFTKERN_INLINE halves multiply_high(halves a, halves b) {
+#if PEFTKERN_LEVEL >= 2
+  return reinterpret_cast<halves>(_mm512_mulhi_epu16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif PEFTKERN_LEVEL == 1
+  return reinterpret_cast<halves>(_mm256_mulhi_epu16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__x86_64__)
+  return reinterpret_cast<halves>(_mm_mulhi_epu16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  for (int i = 0; i < 2 * kLanes; ++i) a[i] = static_cast<uint16_t>(uint32_t{a[i]} * b[i] >> 16);
+  return a;
+#endif
+}
+// The bits of those that are at least the threshold.
+PEFTKERN_INLINE uint32_t at_least(halves x, halves threshold) {
 #if PEFTKERN_LEVEL >= 2
   return _mm512_cmpge_epu16_mask(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(threshold));
 #else
-  const auto mask = reinterpret_cast<halves>(x) >= threshold;
+  const auto mask = x >= threshold;
 #if PEFTKERN_LEVEL == 1
   const __m256i wide = reinterpret_cast<__m256i>(mask);
   const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));

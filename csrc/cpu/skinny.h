@@ -32,27 +32,30 @@ constexpr int64_t kMaskSlack = 16;  // bytes behind the last row that a whole ti
 constexpr int64_t mask_stride(int64_t cols) { return ceil_div(cols, 32) * 4; }
 
 // Keep bits of rows x [c0, c0 + cols), in whole words of 32, by the generator of peftkern/ops/dropout.py; c0 is even.
+// The upper half of a * c + b comes from halves: products of 16 bits are cheaper than those of 32.
 [[maybe_unused]] void keep_bits(const RowKey* keys, int64_t rows, int64_t c0, int64_t cols, uint16_t threshold,
                                 uint8_t* bits, int64_t ldb) {
   constexpr int kVecs = 16 / kLanes;
   const halves limit = threshold - halves{};
   for (int64_t c = 0; c < cols; c += 32) {
-    vu pair[kVecs];
+    halves low[kVecs], high[kVecs];  // of the columns' keys
 #pragma GCC unroll 4
     for (int j = 0; j < kVecs; ++j) {
-      const vu index = splat(static_cast<uint32_t>((c0 + c) / 2 + j * kLanes)) + iota();
-      pair[j] = index ^ (index >> 16);
+      vu even = (splat(static_cast<uint32_t>(c0 + c + j * 2 * kLanes + 1)) + 2 * iota()) * 0x21F0AAADu;
+      even = (even ^ (even >> 15)) * 0xD35A2D97u;
+      const vu odd = even * kOdd;
+      low[j] = reinterpret_cast<halves>((even & 0xffffu) | (odd << 16));
+      high[j] = reinterpret_cast<halves>((even >> 16) | (odd & 0xffff0000u));
     }
     for (int64_t m = 0; m < rows; ++m) {
-      const vu first = splat(keys[m].first), second = splat(keys[m].second);
+      const RowKey key = keys[m];
+      const halves a_low = key.a_low - halves{}, a_high = key.a_high - halves{};
+      const halves b = reinterpret_cast<halves>(splat(key.b_even | static_cast<uint32_t>(key.b_odd) << 16));
       uint32_t kept = 0;
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
-        vu x = (pair[j] ^ first) * splat(0x21F0AAADu);
-        x = x ^ (x >> 15) ^ second;
-        x *= splat(0xD35A2D97u);
-        x ^= x >> 15;
-        kept |= halves_at_least(x, limit) << (j * 2 * kLanes);
+        const halves x = a_low * high[j] + a_high * low[j] + multiply_high(a_low, low[j]) + b;
+        kept |= at_least(x, limit) << (j * 2 * kLanes);
       }
       __builtin_memcpy(bits + m * ldb + c / 8, &kept, sizeof kept);
     }

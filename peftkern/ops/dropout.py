@@ -35,20 +35,20 @@ def keep_scale(p: float) -> float:
 def random_bits(seed: Tensor, rows: int, columns: int) -> Tensor:
     """16 random bits for every element of a [rows, columns] matrix, as int64: kept where they are >= `threshold(p)`.
 
-    Row keys are splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators") of seed and row;
-    pairs of columns go through a keyed two-round 32-bit finaliser (constants from C. Wellons' hash-prospector), whose
-    low half is the even column's and whose high half the odd one's.
+    They are the upper half of a * c + b modulo 2³²: strongly universal hashing (Dietzfelbinger 1996, "Universal hashing
+    and k-wise independent random variables via integer arithmetic without primes") of a key c for each pair of columns,
+    by words a and b (a multiple of 2¹⁶) that splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number
+    generators") makes of seed and row. c is a fixed mix of the odd column's index, which takes away the regular steps
+    that a * index would make; the odd column's word is the even one's times the golden ratio of 2³².
     """
     z = seed.reshape(1) + (torch.arange(rows, device=seed.device) + 1) * _GOLDEN
     z = (z ^ _shift(z, 30)) * _MIX_1
     z = (z ^ _shift(z, 27)) * _MIX_2
-    z = z ^ _shift(z, 31)
-    k1, k2 = (z & _LOW)[:, None], _shift(z, 32)[:, None]
-    x = (torch.arange((columns + 1) // 2, device=seed.device) & _LOW) ^ k1
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD & _LOW) ^ k2
-    x = (x ^ (x >> 15)) * 0xD35A2D97 & _LOW
-    x = x ^ (x >> 15)
-    return torch.stack((x & 0xFFFF, x >> 16), -1).flatten(1)[:, :columns]
+    z = (z ^ _shift(z, 31))[:, None]
+    c = torch.arange(1, columns + 1, 2, device=seed.device) * 0x21F0AAAD & _LOW
+    c = (c ^ (c >> 15)) * 0xD35A2D97 & _LOW
+    even = (z & _LOW) * c + (_shift(z, 48) << 16)
+    return (torch.stack((even, even * 0x9E3779B1), -1) >> 16 & 0xFFFF).flatten(1)[:, :columns]
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:

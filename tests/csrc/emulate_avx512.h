@@ -67,6 +67,12 @@ EMULATED __mmask32 cmpge_epu16_mask(__m512i a, __m512i b) {
   for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(x[i] >= y[i]) << i;
   return bits;
 }
+EMULATED __m512i mulhi_epu16(__m512i a, __m512i b) {
+  const u16x32 y = as<u16x32>(b);
+  u16x32 x = as<u16x32>(a);
+  for (int i = 0; i < 32; ++i) x[i] = static_cast<uint16_t>(uint32_t{x[i]} * y[i] >> 16);
+  return as<__m512i>(x);
+}
 EMULATED __m512 maskz_mov_ps(__mmask16 mask, __m512 v) { return load_masked<__m512, uint32_t>(mask, &v); }
 EMULATED __m512i maskz_mov_epi16(__mmask32 mask, __m512i v) { return load_masked<__m512i, uint16_t>(mask, &v); }
 EMULATED __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
@@ -116,6 +122,7 @@ EMULATED __m256bh cvtneps_pbh(__m512 v) {
 #define _mm512_add_epi16 emulated::add_epi16
 #define _mm512_permutex2var_epi16 emulated::permutex2var_epi16
 #define _mm512_cmpge_epu16_mask emulated::cmpge_epu16_mask
+#define _mm512_mulhi_epu16 emulated::mulhi_epu16
 #define _mm512_maskz_mov_ps emulated::maskz_mov_ps
 #define _mm512_maskz_mov_epi16 emulated::maskz_mov_epi16
 #define _mm512_maskz_loadu_ps emulated::load_masked<__m512, uint32_t>
