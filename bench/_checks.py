@@ -16,6 +16,8 @@ from typing import Any
 from ._supervise import environment
 
 _MOST_FAILURES = 20
+_COMPILING = 0.5
+"""Share of the time for the tests that compiling for them may take."""
 
 
 def missing(device: str) -> str | None:
@@ -57,9 +59,10 @@ def build(folder: Path, device: str, seconds: float) -> dict[str, Any]:
 def check(folder: Path, device: str, seconds: float, job: dict[str, Any] | None = None) -> dict[str, Any]:
     """Run the device's correctness tests of a checkout in several processes, for `seconds` at most.
 
-    On "cuda": what is marked gpu, and every op on the triton and cuda backends; on "cpu" every op on the cpu backend
-    and what of the GPU tests runs there. With `job`, further processes meanwhile run every case of the benchmark once,
-    so that Triton and torch.compile find their caches filled when the clock runs.
+    On "cuda": what is marked gpu, and every op on the triton and cuda backends, after all cores have compiled what they
+    launch; on "cpu" every op on the cpu backend and what of the GPU tests runs there. With `job`, further processes
+    meanwhile run every case of the benchmark once, so that Triton and torch.compile find their caches filled when the
+    clock runs.
     """
     tests = folder / "tests"
     # site-packages may hold a folder named tests that is somebody else's.
@@ -69,12 +72,16 @@ def check(folder: Path, device: str, seconds: float, job: dict[str, Any] | None 
         return {"outcome": "not run", "summary": why, "failures": [], "seconds": 0.0}
     print("correctness tests ...", file=sys.stderr, flush=True)
     begin = time.time()
-    shards = max(1, min(10, (os.cpu_count() or 1) * 2 // 3)) if device == "cuda" else 1
+    cores = os.cpu_count() or 1
+    shards = max(1, min(10, cores * 2 // 3)) if device == "cuda" else 1
+    compilers = [_helper("_compile", f"{index}/{cores}") for index in range(cores if device == "cuda" else 0)]
+    for process in compilers:
+        _wait(process, begin + _COMPILING * seconds)
     with tempfile.TemporaryDirectory() as scratch:
         reports = [Path(scratch) / f"{index}.jsonl" for index in range(shards)]
         processes = [_pytest(folder, device, f"{index}/{shards}", report) for index, report in enumerate(reports)]
         count = -(-shards // 2) if job is not None else 0
-        helpers = [_warm(job, index, count) for index in range(count)]
+        helpers = [_helper("_worker", json.dumps(job | {"warm": [index, count]})) for index in range(count)]
         codes = [_wait(process, begin + seconds) for process in processes]
         for process in helpers:
             _wait(process, begin + seconds)
@@ -96,8 +103,8 @@ def _pytest(folder: Path, device: str, shard: str, report: Path) -> subprocess.P
     )  # fmt: skip
 
 
-def _warm(job: dict[str, Any], index: int, count: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", f"{__package__}._worker", json.dumps(job | {"warm": [index, count]})]
+def _helper(module: str, argument: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", f"{__package__}.{module}", argument]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from ._measure import SHORT, Case, Cost, Options, passes
 
 _HALF = torch.bfloat16
 _NAMES = ("q", "k", "v", "pk", "pv")
+_FOUND = (("y", "dy"), *((f"d {name}", name) for name in _NAMES))
+"""What the gate compares, and the inputs of the same shapes. Decoding steps have no gradients."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +140,20 @@ def _plain(t: dict[str, Tensor], s: Shape, mode: str | None) -> Runner:
 
 
 def _oracle(t: dict[str, Tensor], s: Shape) -> Values:
-    leaves = _peers.leaves(t, _NAMES, torch.float64)
-
-    def run() -> Tensor:
-        return reference(**leaves, mask=t.get("mask"), causal=s.kind == "causal")  # type: ignore[arg-type]
-
-    if s.s == 1:
-        return {"y": run().detach()}
-    return _peers.evaluate(run, leaves, t["dy"].double())
+    """Batch rows and key heads one at a time: in float64 the scores of all together would fill a GPU."""
+    group = s.hq // s.hkv
+    found = {name: torch.zeros_like(t[like], dtype=torch.float64) for name, like in _FOUND if s.s > 1 or name == "y"}
+    for b, h in itertools.product(range(s.b), range(s.hkv)):
+        row, head, queries = slice(b, b + 1), slice(h, h + 1), slice(h * group, (h + 1) * group)
+        at = {"q": (row, queries), "k": (row, head), "v": (row, head), "pk": (head,), "pv": (head,)}
+        leaves = {name: _peers.leaf(t[name][at[name]].double()) for name in _NAMES}
+        y = reference(**leaves, mask=t["mask"][row] if "mask" in t else None, causal=s.kind == "causal")  # type: ignore[arg-type]
+        found["y"][row, queries] = y.detach()
+        if s.s > 1:
+            gradients = torch.autograd.grad(y, list(leaves.values()), t["dy"][row, queries].double())
+            for name, gradient in zip(leaves, gradients, strict=True):
+                found[f"d {name}"][at[name]] += gradient
+    return found
 
 
 def _cost(s: Shape) -> Mapping[str, Cost]:

@@ -72,7 +72,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **keywords: Any) -> N
         return
     active = triton.runtime.driver.active
     device = active.get_current_device()
-    key = (kernel.fn, device, *keywords.items(), *_seen_by_the_compiler(args))
+    key = (kernel.fn, device, *keywords.items(), *seen_by_the_compiler(args))
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[grid](*args, **keywords, enable_fp_fusion=True)
@@ -93,7 +93,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **keywords: Any) -> N
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
-def _seen_by_the_compiler(args: tuple[Any, ...]) -> list[Any]:
+def seen_by_the_compiler(args: tuple[Any, ...]) -> list[Any]:
     """What Triton may compile anew for: types, alignment to 16 bytes, integers that are 1, multiples of 16 or long."""
     seen: list[Any] = []
     for arg in args:

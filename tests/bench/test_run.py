@@ -239,7 +239,7 @@ def checked(tmp_path: Path, device: str, tests: str = TESTS, seconds: float = 60
 
 
 def test_the_tests_of_a_gpu_report_their_outcome(tmp_path, monkeypatch):
-    monkeypatch.setattr(_checks.os, "cpu_count", lambda: 6)  # two processes share the tests
+    monkeypatch.setattr(_checks.os, "cpu_count", lambda: 3)  # two processes share the tests
     found = checked(tmp_path, "cuda")
     assert (found["outcome"], found["summary"]) == ("failed", "2 passed, 1 failed, 1 skipped of 4")
     assert len(found["failures"]) == 1 and "test_gpu: AssertionError: wrong sum" in found["failures"][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ tl = pytest.importorskip("triton.language", reason="triton is not installed")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from bench._compile import compile_ahead  # noqa: E402
 from peftkern.kernels import _common, _device  # noqa: E402
 
 pytestmark = pytest.mark.skipif(_common.INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
@@ -107,6 +109,18 @@ def test_the_second_launch_does_not_ask_triton(listener: Listener, monkeypatch: 
     monkeypatch.setattr(type(_kernel), "run", lambda *_args, **_keywords: pytest.fail("Triton was asked"))
     _device.launch(_kernel, grid, *args, **keywords)
     assert len(listener.calls) == 2
+
+
+def test_what_was_compiled_ahead_is_found(listener: Listener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded launch, compiled as the benchmark does before the tests run, leaves nothing to compile."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    for grid, args, keywords in calls():
+        with _device.recording(_device.Device("sm90", 132, 50 << 20)) as launches:
+            _device.launch(_kernel, grid, *args, **keywords)
+        compile_ahead(launches[0])
+        cached = set(tmp_path.iterdir())
+        _device.launch(_kernel, grid, *args, **keywords)
+        assert cached and set(tmp_path.iterdir()) == cached, (args, keywords)
 
 
 def test_a_profiler_hears_of_every_launch(listener: Listener) -> None:

@@ -1,0 +1,68 @@
+"""A process that compiles its share of what the tests launch: on a new machine that takes longer than the tests do."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import peftkern as pk
+from peftkern.errors import BackendError
+from peftkern.kernels import _device
+from peftkern.ops._op import Op, every
+
+
+def main(argv: list[str]) -> int:
+    """Compile for the first GPU; argv ends with INDEX/COUNT, the share."""
+    index, count = map(int, argv[-1].split("/"))
+    device = torch.device("cuda", 0)
+    for launch in list(launches(device))[index::count]:
+        with contextlib.suppress(Exception):  # the test that needs it says what is wrong
+            compile_ahead(launch)
+    return 0
+
+
+def compile_ahead(launch: _device.Launch) -> None:
+    """Compile for the current device and launch nothing; the same launch finds it in Triton's cache on disk."""
+    launch.kernel.warmup(*launch.args, grid=(1,), **launch.keywords, enable_fp_fusion=True)
+
+
+def launches(device: torch.device) -> Iterator[_device.Launch]:
+    """Those of `calls` that differ in what Triton compiles for; no kernel runs."""
+    here = _device.device_of(torch.empty(0, device=device))
+    seen = set()
+    for call in calls(device):
+        with _device.recording(here) as recorded:
+            call()
+        for launch in recorded:
+            key = (launch.kernel.fn, *launch.keywords.items(), *_device.seen_by_the_compiler(launch.args))
+            if key not in seen:
+                seen.add(key)
+                yield launch
+
+
+def calls(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Every sample of every op in all dtypes, with a graph and without one, on the triton backend."""
+    for op in every():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for _, kwargs in op.samples(device, dtype):
+                for train in (True, False):
+                    yield functools.partial(_call, op, kwargs, train)
+
+
+def _call(op: Op, kwargs: dict[str, object], train: bool) -> None:
+    floating = [k for k, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in op.frozen]
+    leaves = {name: kwargs[name].detach().requires_grad_(train) for name in floating}  # type: ignore[attr-defined]
+    with pk.use_backend("triton"), contextlib.suppress(BackendError):
+        out = op.run(**kwargs | leaves)
+        y = out if isinstance(out, Tensor) else out[0]
+        if train:
+            torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y), allow_unused=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
