@@ -37,7 +37,7 @@ struct Name {
   char text[16];
 };
 
-Activation activation(const Check& check, const char* name) {
+Activation activation(const CpuCheck& check, const char* name) {
   constexpr const char* kNames[] = {"relu", "gelu", "silu", "tanh"};
   for (int i = 0; i < 4; ++i)
     if (std::strcmp(name, kNames[i]) == 0) return static_cast<Activation>(i);
@@ -45,7 +45,7 @@ Activation activation(const Check& check, const char* name) {
   return Activation::relu;
 }
 
-Bottleneck bottleneck_args(const Check& check, const Tensor& x, const Tensor& down, const Tensor& up, const Name& act,
+Bottleneck bottleneck_args(const CpuCheck& check, const Tensor& x, const Tensor& down, const Tensor& up, const Name& act,
                            double scale, double p, const std::optional<Tensor>& seed) {
   check.dims("x", x, 2);
   check.dims("down", down, 2);
@@ -64,7 +64,7 @@ Bottleneck bottleneck_args(const Check& check, const Tensor& x, const Tensor& do
   return op;
 }
 
-std::vector<float> bias_values(const Check& check, const char* name, const std::optional<Tensor>& bias, int64_t n,
+std::vector<float> bias_values(const CpuCheck& check, const char* name, const std::optional<Tensor>& bias, int64_t n,
                                int64_t padding) {
   std::vector<float> values;
   if (!bias.has_value()) return values;
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const Tensor& dow
                                               const std::optional<Tensor>& up_bias,
                                               const std::optional<Tensor>& residual, Name act, double scale, double p,
                                               const std::optional<Tensor>& seed) {
-  const Check check("bottleneck_forward");
+  const CpuCheck check("bottleneck_forward");
   Bottleneck op = bottleneck_args(check, x, down, up, act, scale, p, seed);
   op.down_bias = bias_values(check, "down_bias", down_bias, op.r, 0);
   op.up_bias = bias_values(check, "up_bias", up_bias, op.n, kBiasPadding);
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(const Ten
                                                                        const Tensor& up, Name act, double scale,
                                                                        double p, const std::optional<Tensor>& seed,
                                                                        bool add_dy, bool need_dx) {
-  const Check check("bottleneck_backward");
+  const CpuCheck check("bottleneck_backward");
   Bottleneck op = bottleneck_args(check, x, down, up, act, scale, p, seed);
   check.shape("dy", dy, {op.m, op.n}, true);
   check.dtype("dy", dy, x.scalar_type());

@@ -1,49 +1,29 @@
-// Argument checks of the CPU ops. Every message names the op, the argument, what came and what was wanted.
+// Argument checks of the CPU ops, and what these take from and give to tensors.
 #pragma once
 
 #include <initializer_list>
 #include <optional>
-#include <string>
-#include <tuple>
 
-#include "../tensor.h"
+#include "../check.h"
 #include "common.h"
 
 namespace peftkern {
 
-// One op's checks.
-class Check {
+class CpuCheck : public Check {
  public:
-  explicit Check(const char* op) : op_(op) {}
+  using Check::Check;
 
-  template <class... Words>
-  void that(bool ok, const Words&... words) const {
-    STD_TORCH_CHECK(ok, op_, ": ", words...);
-  }
   // A CPU tensor of this shape; rows may be strided if `row_strided`, everything else is contiguous.
   void shape(const char* name, const Tensor& t, std::initializer_list<int64_t> want, bool row_strided = false) const {
     that(t.is_cpu(), name, " is not on the CPU");
-    that(has_shape(t, want), name, " has shape ", Shape{t}, ", want ", Wanted{want});
-    if (row_strided)
-      that(t.size(1) == 1 || t.stride(1) == 1, name, " has stride ", t.stride(1), " in dimension 1, want 1");
-    else
-      that(t.is_contiguous(), name, " is not contiguous");
+    layout(name, t, want, row_strided);
   }
   void dims(const char* name, const Tensor& t, int64_t want) const {
     that(t.dim() == want, name, " has ", t.dim(), " dimensions, want ", want);
   }
   Dtype floating(const char* name, const Tensor& t) const {
-    const ScalarType type = t.scalar_type();
-    if (type == ScalarType::Float) return Dtype::f32;
-    if (type == ScalarType::BFloat16) return Dtype::bf16;
-    if (type == ScalarType::Half) return Dtype::f16;
-    that(false, name, " has dtype ", torch::headeronly::toString(type), ", want Float, BFloat16 or Half");
-    return Dtype::f32;
-  }
-  void dtype(const char* name, const Tensor& t, ScalarType want) const {
-    const ScalarType type = t.scalar_type();
-    that(type == want, name, " has dtype ", torch::headeronly::toString(type), ", want ",
-         torch::headeronly::toString(want));
+    const ScalarType type = Check::floating(name, t);
+    return type == ScalarType::Float ? Dtype::f32 : type == ScalarType::BFloat16 ? Dtype::bf16 : Dtype::f16;
   }
   // M, K, N and R are at least 1: callers handle empty problems.
   void positive(const char* name, int64_t n) const { that(n >= 1, name, " is ", n, ", want at least 1"); }
@@ -66,9 +46,6 @@ class Check {
     const Dtype type = floating(name, t);
     return {const_cast<void*>(t.const_data_ptr()), type, t.stride(0), 1};
   }
-
- private:
-  const char* op_;
 };
 
 inline Tensor empty_f32(const Tensor& like, std::initializer_list<int64_t> shape) {

@@ -23,7 +23,7 @@ namespace peftkern {
 namespace {
 
 // s in f32: itself, or converted into `buffer`.
-const float* scale_values(const Check& check, const Tensor& s, int64_t c, Buffer<float>& buffer) {
+const float* scale_values(const CpuCheck& check, const Tensor& s, int64_t c, Buffer<float>& buffer) {
   check.shape("s", s, {c});
   const Dtype type = check.floating("s", s);
   if (type == Dtype::f32) return s.const_data_ptr<float>();
@@ -35,7 +35,7 @@ const float* scale_values(const Check& check, const Tensor& s, int64_t c, Buffer
 }
 
 void column_scale_forward(const Tensor& x, const Tensor& s, const Tensor& y) {
-  const Check check("column_scale_forward");
+  const CpuCheck check("column_scale_forward");
   check.dims("x", x, 2);
   ColumnScale op{};
   op.m = x.size(0), op.c = x.size(1);
@@ -51,7 +51,7 @@ void column_scale_forward(const Tensor& x, const Tensor& s, const Tensor& y) {
 
 std::tuple<Tensor, Tensor> column_scale_backward(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& s,
                                                  bool need_dx) {
-  const Check check("column_scale_backward");
+  const CpuCheck check("column_scale_backward");
   check.dims("dy", dy, 2);
   ColumnScale op{};
   op.m = dy.size(0), op.c = dy.size(1);

@@ -12,7 +12,7 @@ namespace peftkern {
 namespace {
 
 // Checks what forward and backward share and fills in the sizes.
-LowRank low_rank_args(const Check& check, const Tensor& x, const Tensor& a, const Tensor& b, double scale, double p,
+LowRank low_rank_args(const CpuCheck& check, const Tensor& x, const Tensor& a, const Tensor& b, double scale, double p,
                       const std::optional<Tensor>& seed) {
   check.dims("x", x, 2);
   check.dims("a", a, 2);
@@ -31,14 +31,14 @@ LowRank low_rank_args(const Check& check, const Tensor& x, const Tensor& a, cons
 }
 
 // Data of an f32 [N], or null.
-float* f32_columns(const Check& check, const char* name, const std::optional<Tensor>& t, int64_t n) {
+float* f32_columns(const CpuCheck& check, const char* name, const std::optional<Tensor>& t, int64_t n) {
   if (!t.has_value()) return nullptr;
   check.shape(name, *t, {n});
   check.dtype(name, *t, ScalarType::Float);
   return static_cast<float*>(t->mutable_data_ptr());
 }
 
-void base_argument(const Check& check, LowRank& op, const Tensor& base, const Tensor& x) {
+void base_argument(const CpuCheck& check, LowRank& op, const Tensor& base, const Tensor& x) {
   check.shape("base", base, {op.m, op.n}, true);
   check.dtype("base", base, x.scalar_type());
   op.base = check.matrix("base", base);
@@ -47,7 +47,7 @@ void base_argument(const Check& check, LowRank& op, const Tensor& base, const Te
 Tensor low_rank_forward(const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& y, double scale, double p,
                         const std::optional<Tensor>& seed, const std::optional<Tensor>& base,
                         const std::optional<Tensor>& column_scale, const std::optional<Tensor>& shift, bool fresh) {
-  const Check check("low_rank_forward");
+  const CpuCheck check("low_rank_forward");
   LowRank op = low_rank_args(check, x, a, b, scale, p, seed);
   check.shape("y", y, {op.m, op.n});
   check.dtype("y", y, x.scalar_type());
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> low_rank_backward(const Tensor& dy, const Tensor& x, 
                                              const Tensor& h, const std::optional<Tensor>& dx, double scale, double p,
                                              const std::optional<Tensor>& seed, bool need_a, bool need_b,
                                              const std::optional<Tensor>& base, const std::optional<Tensor>& base_dot) {
-  const Check check("low_rank_backward");
+  const CpuCheck check("low_rank_backward");
   LowRank op = low_rank_args(check, x, a, b, scale, p, seed);
   check.shape("dy", dy, {op.m, op.n}, true);
   check.dtype("dy", dy, x.scalar_type());

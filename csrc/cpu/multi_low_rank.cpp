@@ -42,7 +42,7 @@ struct Call {
   std::vector<int64_t> order;
   MultiLowRank op{};
 
-  Call(const Check& check, const Tensor& x, const Tensor& table, const Tensor& index, int64_t n, int64_t most,
+  Call(const CpuCheck& check, const Tensor& x, const Tensor& table, const Tensor& index, int64_t n, int64_t most,
        int64_t ranks, int64_t dtype, double p, const std::optional<Tensor>& seed) {
     constexpr int64_t kColumns = 5;
     check.dims("x", x, 2);
@@ -76,7 +76,7 @@ struct Call {
   }
 
   // A stable counting sort: rows of one adapter stay in their order.
-  void sort(const Check& check, const int64_t* index, int64_t entries) {
+  void sort(const CpuCheck& check, const int64_t* index, int64_t entries) {
     const int64_t rows = op.m / entries;
     for (int64_t e = 0; e < entries; ++e) {
       check.that(index[e] >= -1 && index[e] < op.count, "index[", e, "] is ", index[e], ", want -1 to ", op.count - 1);
@@ -105,7 +105,7 @@ Tensor zeros_f32(const Tensor& like, std::initializer_list<int64_t> shape) {
 
 Tensor multi_low_rank_forward(const Tensor& x, const Tensor& table, const Tensor& index, const Tensor& y, int64_t most,
                               int64_t ranks, int64_t dtype, bool, double p, const std::optional<Tensor>& seed) {
-  const Check check("multi_low_rank_forward");
+  const CpuCheck check("multi_low_rank_forward");
   check.dims("y", y, 2);
   Call call(check, x, table, index, y.size(1), most, ranks, dtype, p, seed);
   MultiLowRank& op = call.op;
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor> multi_low_rank_backward(const Tensor& dy, const Tenso
                                                    const std::optional<Tensor>& dx, int64_t most, int64_t ranks,
                                                    int64_t dtype, bool, double p, const std::optional<Tensor>& seed,
                                                    bool need_a, bool need_b) {
-  const Check check("multi_low_rank_backward");
+  const CpuCheck check("multi_low_rank_backward");
   check.dims("dy", dy, 2);
   Call call(check, x, table, index, dy.size(1), most, ranks, dtype, p, seed);
   MultiLowRank& op = call.op;

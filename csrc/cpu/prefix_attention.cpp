@@ -51,7 +51,7 @@ struct Attention {
 namespace peftkern {
 namespace {
 
-Heads heads(const Check& check, const char* name, const Tensor& t, int64_t b, int64_t h, int64_t n, int64_t d) {
+Heads heads(const CpuCheck& check, const char* name, const Tensor& t, int64_t b, int64_t h, int64_t n, int64_t d) {
   check.dims(name, t, 4);
   check.that(t.is_cpu(), name, " is not on the CPU");
   check.that(has_shape(t, {b, h, n, d}), name, " has shape ", Shape{t}, ", want ", Wanted{{b, h, n, d}});
@@ -59,7 +59,7 @@ Heads heads(const Check& check, const char* name, const Tensor& t, int64_t b, in
   return {const_cast<void*>(t.const_data_ptr()), check.floating(name, t), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-Attention attention_args(const Check& check, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pk,
+Attention attention_args(const CpuCheck& check, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pk,
                          const Tensor& pv, const std::optional<Tensor>& mask, bool causal, double scale, double p,
                          const std::optional<Tensor>& seed) {
   check.dims("q", q, 4), check.dims("k", k, 4), check.dims("pk", pk, 4);
@@ -94,7 +94,7 @@ Attention attention_args(const Check& check, const Tensor& q, const Tensor& k, c
 std::tuple<Tensor, Tensor> prefix_attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pk,
                                                     const Tensor& pv, const std::optional<Tensor>& mask, bool causal,
                                                     double scale, double p, const std::optional<Tensor>& seed) {
-  const Check check("prefix_attention_forward");
+  const CpuCheck check("prefix_attention_forward");
   Attention op = attention_args(check, q, k, v, pk, pv, mask, causal, scale, p, seed);
   Tensor out = empty(q, {op.b, op.hq, op.s, op.d});
   Tensor norm = empty_f32(q, {2, op.b, op.hq, op.s});
@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pk, const Tensor& pv,
     const std::optional<Tensor>& mask, const Tensor& out, const Tensor& norm, bool causal, double scale, double p,
     const std::optional<Tensor>& seed) {
-  const Check check("prefix_attention_backward");
+  const CpuCheck check("prefix_attention_backward");
   Attention op = attention_args(check, q, k, v, pk, pv, mask, causal, scale, p, seed);
   op.dout = heads(check, "dout", dout, op.b, op.hq, op.s, op.d);
   op.out = heads(check, "out", out, op.b, op.hq, op.s, op.d);

@@ -69,7 +69,7 @@ void write_row(const int64_t* mask, const int64_t* labels, int64_t start, const 
   }
 }
 
-void check_ids(const Check& check, const int64_t* ids, int64_t n, int64_t vocabulary) {
+void check_ids(const CpuCheck& check, const int64_t* ids, int64_t n, int64_t vocabulary) {
   for (int64_t i = 0; i < n; ++i)
     check.that(ids[i] >= 0 && ids[i] < vocabulary, "ids has ", ids[i], " at flat index ", i, ", want 0 <= id < ",
                vocabulary);
@@ -78,7 +78,7 @@ void check_ids(const Check& check, const int64_t* ids, int64_t n, int64_t vocabu
 std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_concat_forward(const std::optional<Tensor>& ids, const Tensor& source,
                                                                  const Tensor& prompt, const Tensor& mask,
                                                                  const std::optional<Tensor>& labels) {
-  const Check check("prompt_concat_forward");
+  const CpuCheck check("prompt_concat_forward");
   check.dims("prompt", prompt, 2);
   check.dims("mask", mask, 2);
   const Sizes n{mask.size(0), mask.size(1), prompt.size(0), prompt.size(1)};
@@ -152,7 +152,7 @@ void sum_prompt(const T* dout, const int64_t* mask, const Sizes& n, float* d_pro
 
 std::tuple<Tensor, Tensor> prompt_concat_backward(const Tensor& dout, const Tensor& mask, int64_t prompt_length,
                                                   bool need_embeds) {
-  const Check check("prompt_concat_backward");
+  const CpuCheck check("prompt_concat_backward");
   check.dims("dout", dout, 3);
   check.dims("mask", mask, 2);
   check.that(prompt_length >= 0, "T is ", prompt_length, ", want at least 0");

@@ -24,7 +24,7 @@ struct WeightNorm {
 namespace peftkern {
 namespace {
 
-WeightNorm weight_norm_args(const Check& check, const Tensor& wide, const Tensor& up, const Tensor& down) {
+WeightNorm weight_norm_args(const CpuCheck& check, const Tensor& wide, const Tensor& up, const Tensor& down) {
   check.dims("wide", wide, 2);
   check.dims("up", up, 2);
   WeightNorm op{};
@@ -40,7 +40,7 @@ WeightNorm weight_norm_args(const Check& check, const Tensor& wide, const Tensor
 }
 
 Tensor weight_norm_forward(const Tensor& wide, const Tensor& up, const Tensor& down, double scale, bool by_row) {
-  WeightNorm op = weight_norm_args(Check("weight_norm_forward"), wide, up, down);
+  WeightNorm op = weight_norm_args(CpuCheck("weight_norm_forward"), wide, up, down);
   op.scale = static_cast<float>(scale), op.by_row = by_row;
   Tensor norm = empty_f32(wide, {by_row ? op.p : op.q});
   op.norm = static_cast<float*>(norm.mutable_data_ptr());
@@ -49,7 +49,7 @@ Tensor weight_norm_forward(const Tensor& wide, const Tensor& up, const Tensor& d
 }
 
 std::tuple<Tensor, Tensor> weight_norm_backward(const Tensor& wide, const Tensor& up, const Tensor& down) {
-  WeightNorm op = weight_norm_args(Check("weight_norm_backward"), wide, up, down);
+  WeightNorm op = weight_norm_args(CpuCheck("weight_norm_backward"), wide, up, down);
   Tensor left = empty_f32(wide, {op.p, op.r}), right = empty_f32(wide, {op.r, op.q});
   op.left = f32_matrix(left), op.right = f32_matrix(right);
   PEFTKERN_CALL(weight_norm_backward, op);

@@ -115,10 +115,10 @@ struct Launch {
   }
 };
 
-Scale scale_of(const char* op, const Tensor& s, int64_t c, const Tensor& like) {
-  check_tensor(op, "s", s, {c}, "x", like);
+Scale scale_of(const CudaCheck& check, const Tensor& s, int64_t c, const Tensor& like) {
+  check.shape("s", s, {c}, "x", like);
   int type = 0;
-  with_dtype(op, "s", s, [&](auto* t) {
+  check.with_dtype("s", s, [&](auto* t) {
     using S = std::remove_pointer_t<decltype(t)>;
     type = std::is_same_v<S, float> ? 0 : std::is_same_v<S, __nv_bfloat16> ? 1 : 2;
   });
@@ -159,16 +159,16 @@ void scale(Matrix<const T> x, const Scale& s, Matrix<T> y, int64_t m, int64_t c,
 }
 
 void column_scale_forward(const Tensor& x, const Tensor& s, const Tensor& y) {
-  constexpr const char* kOp = "column_scale_forward";
-  that(x.dim() == 2, kOp, "x has shape ", Shape{x}, ", want [M, C]");
+  const CudaCheck check("column_scale_forward");
+  check.that(x.dim() == 2, "x has shape ", Shape{x}, ", want [M, C]");
   const int64_t m = x.size(0), c = x.size(1);
-  check_tensor(kOp, "x", x, {m, c}, "x", x, true);
-  check_tensor(kOp, "y", y, {m, c}, "x", x);
-  check_dtype(kOp, "y", y, x.scalar_type());
-  const Scale factors = scale_of(kOp, s, c, x);
+  check.shape("x", x, {m, c}, "x", x, true);
+  check.shape("y", y, {m, c}, "x", x);
+  check.dtype("y", y, x.scalar_type());
+  const Scale factors = scale_of(check, s, c, x);
   if (m == 0 || c == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  with_dtype(kOp, "x", x, [&](auto* t) {
+  check.with_dtype("x", x, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     scale<T>(matrix<const T>(x), factors, matrix<T>(y), m, c, stream_of(x));
   });
@@ -201,21 +201,21 @@ void launch_backward(Matrix<const T> dy, Matrix<const T> x, const Scale& s, Matr
 
 std::tuple<Tensor, Tensor> column_scale_backward(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& s,
                                                  bool need_dx) {
-  constexpr const char* kOp = "column_scale_backward";
-  that(dy.dim() == 2, kOp, "dy has shape ", Shape{dy}, ", want [M, C]");
+  const CudaCheck check("column_scale_backward");
+  check.that(dy.dim() == 2, "dy has shape ", Shape{dy}, ", want [M, C]");
   const int64_t m = dy.size(0), c = dy.size(1);
-  that(m > 0 && c > 0, kOp, "dy has shape ", Shape{dy}, ", want at least one element");
-  check_tensor(kOp, "dy", dy, {m, c}, "dy", dy, true);
-  const Scale factors = scale_of(kOp, s, c, dy);
+  check.that(m > 0 && c > 0, "dy has shape ", Shape{dy}, ", want at least one element");
+  check.shape("dy", dy, {m, c}, "dy", dy, true);
+  const Scale factors = scale_of(check, s, c, dy);
   if (x.has_value()) {
-    check_tensor(kOp, "x", *x, {m, c}, "dy", dy, true);
-    check_dtype(kOp, "x", *x, dy.scalar_type());
+    check.shape("x", *x, {m, c}, "dy", dy, true);
+    check.dtype("x", *x, dy.scalar_type());
   }
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
   Tensor dx = need_dx ? empty(dy, {m, c}) : empty(dy, {0});
   Tensor ds = empty(dy, {x.has_value() ? c : 0}, ScalarType::Float);
   const cudaStream_t stream = stream_of(dy);
-  with_dtype(kOp, "dy", dy, [&](auto* t) {
+  check.with_dtype("dy", dy, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const Matrix<const T> upstream = matrix<const T>(dy);
     const Matrix<T> out = need_dx ? matrix<T>(dx) : Matrix<T>{nullptr, c};

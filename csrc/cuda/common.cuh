@@ -1,4 +1,4 @@
-// What the CUDA ops share: conversions, argument checks, launches. Compiles against a CPU build of torch, too.
+// What the CUDA ops share: conversions, checks, launches. Compiles against a CPU build of torch, too.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,7 +15,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "../tensor.h"
+#include "../check.h"
 
 namespace peftkern {
 namespace {
@@ -32,43 +32,26 @@ __device__ inline void from_float(float x, float* out) { *out = x; }
 __device__ inline void from_float(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
 __device__ inline void from_float(float x, __half* out) { *out = __float2half_rn(x); }
 
-template <class... Words>
-void that(bool ok, const char* op, const Words&... words) {
-  STD_TORCH_CHECK(ok, op, ": ", words...);
-}
+class CudaCheck : public Check {
+ public:
+  using Check::Check;
 
-// A tensor of this shape on the device of `like`; rows may be strided if `row_strided`, everything else is contiguous.
-inline void check_tensor(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> want,
-                         const char* like_name, const Tensor& like, bool row_strided = false) {
-  that(t.is_cuda() && t.get_device_index() == like.get_device_index(), op, name, " is not on the CUDA device of ",
-       like_name);
-  that(has_shape(t, want), op, name, " has shape ", Shape{t}, ", want ", Wanted{want});
-  if (row_strided)
-    that(t.size(1) == 1 || t.stride(1) == 1, op, name, " has stride ", t.stride(1), ", want 1");
-  else
-    that(t.is_contiguous(), op, name, " is not contiguous");
-}
-
-inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType want) {
-  const ScalarType type = t.scalar_type();
-  that(type == want, op, name, " has dtype ", torch::headeronly::toString(type), ", want ",
-       torch::headeronly::toString(want));
-}
-
-template <class F>
-void with_dtype(const char* op, const char* name, const Tensor& t, const F& f) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return f(static_cast<float*>(nullptr));
-    case ScalarType::BFloat16:
-      return f(static_cast<__nv_bfloat16*>(nullptr));
-    case ScalarType::Half:
-      return f(static_cast<__half*>(nullptr));
-    default:
-      that(false, op, name, " has dtype ", torch::headeronly::toString(t.scalar_type()),
-           ", want Float, BFloat16 or Half");
+  // A tensor of this shape on the device of `like`; rows may be strided if `row_strided`, all else is contiguous.
+  void shape(const char* name, const Tensor& t, std::initializer_list<int64_t> want, const char* like_name,
+             const Tensor& like, bool row_strided = false) const {
+    that(t.is_cuda() && t.get_device_index() == like.get_device_index(), name, " is not on the CUDA device of ",
+         like_name);
+    layout(name, t, want, row_strided);
   }
-}
+  // Calls f with a null pointer of the tensor's element type.
+  template <class F>
+  void with_dtype(const char* name, const Tensor& t, const F& f) const {
+    const ScalarType type = floating(name, t);
+    if (type == ScalarType::Float) return f(static_cast<float*>(nullptr));
+    if (type == ScalarType::BFloat16) return f(static_cast<__nv_bfloat16*>(nullptr));
+    f(static_cast<__half*>(nullptr));
+  }
+};
 
 template <class T>
 T* data(const Tensor& t) {

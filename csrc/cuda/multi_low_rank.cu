@@ -152,14 +152,14 @@ __global__ void expand_kernel(Problem op, const float* h, T* y) {
 
 // ---- host
 
-constexpr const char* kOp = "multi_low_rank_forward";
+constexpr CudaCheck check("multi_low_rank_forward");
 
 // f(null pointer of the adapters' type); codes 0 f32, 1 bf16, 2 f16.
 template <class F>
 void with_code(int64_t code, const F& f) {
   if (code == 0) return f(static_cast<float*>(nullptr));
   if (code == 1) return f(static_cast<__nv_bfloat16*>(nullptr));
-  that(code == 2, kOp, "dtype code ", code, ", want 0, 1 or 2");
+  check.that(code == 2, "dtype code ", code, ", want 0, 1 or 2");
   f(static_cast<__half*>(nullptr));
 }
 
@@ -190,31 +190,31 @@ Tensor multi_low_rank_forward(const Tensor& x, const Tensor& table, const Tensor
                               int64_t ranks, int64_t dtype, bool addresses_aligned, double p,
                               const std::optional<Tensor>& seed) {
   (void)seed;
-  that(p == 0.0, kOp, "p is ", p, ", and this kernel has no dropout");
-  that(x.dim() == 2 && y.dim() == 2 && table.dim() == 2 && index.dim() == 1, kOp, "want x, y, table 2-D and index 1-D");
+  check.that(p == 0.0, "p is ", p, ", and this kernel has no dropout");
+  check.that(x.dim() == 2 && y.dim() == 2 && table.dim() == 2 && index.dim() == 1, "want x, y, table 2-D and index 1-D");
   const int64_t m = x.size(0), k = x.size(1), n = y.size(1), adapters = table.size(0), entries = index.size(0);
-  check_tensor(kOp, "x", x, {m, k}, "x", x, true);
-  check_tensor(kOp, "y", y, {m, n}, "x", x);
-  check_tensor(kOp, "table", table, {adapters, kColumns}, "x", x);
-  check_tensor(kOp, "index", index, {entries}, "x", x);
-  check_dtype(kOp, "y", y, x.scalar_type());
-  check_dtype(kOp, "table", table, ScalarType::Long);
-  check_dtype(kOp, "index", index, ScalarType::Long);
-  that(m > 0 && k > 0 && n > 0 && most > 0 && adapters > 0, kOp, "empty problems are the caller's");
-  that(entries > 0 && m % entries == 0, kOp, "index does not divide the rows of x");
-  that((n + kThreads - 1) / kThreads < 65536 && most < 65536 && m <= kMostRows, kOp, "M, N or R is too large");
+  check.shape("x", x, {m, k}, "x", x, true);
+  check.shape("y", y, {m, n}, "x", x);
+  check.shape("table", table, {adapters, kColumns}, "x", x);
+  check.shape("index", index, {entries}, "x", x);
+  check.dtype("y", y, x.scalar_type());
+  check.dtype("table", table, ScalarType::Long);
+  check.dtype("index", index, ScalarType::Long);
+  check.that(m > 0 && k > 0 && n > 0 && most > 0 && adapters > 0, "empty problems are the caller's");
+  check.that(entries > 0 && m % entries == 0, "index does not divide the rows of x");
+  check.that((n + kThreads - 1) / kThreads < 65536 && most < 65536 && m <= kMostRows, "M, N or R is too large");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = stream_of(x);
   Tensor h = empty(x, {m, most}, ScalarType::Float);
   const cudaError_t cleared =
       cudaMemsetAsync(h.mutable_data_ptr(), 0, static_cast<size_t>(m * most) * sizeof(float), stream);
-  that(cleared == cudaSuccess, kOp, cudaGetErrorString(cleared));
+  check.that(cleared == cudaSuccess, cudaGetErrorString(cleared));
   const Problem op{m, k, n, most, x.stride(0), m / entries, data<int64_t>(table), data<int64_t>(index)};
   const bool x_aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % kVectorBytes == 0 && x.stride(0) % kPiece == 0;
   const bool vector_k = addresses_aligned && k % kPiece == 0 && x_aligned;
   // Ranks are known to be equal where they add up to as many of the largest.
   const bool vector_r = addresses_aligned && most % kPiece == 0 && ranks == adapters * most;
-  with_dtype(kOp, "x", x, [&](auto* t) {
+  check.with_dtype("x", x, [&](auto* t) {
     with_code(dtype, [&](auto* w) {
       using T = std::remove_pointer_t<decltype(t)>;
       using P = std::remove_pointer_t<decltype(w)>;

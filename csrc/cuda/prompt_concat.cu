@@ -179,10 +179,10 @@ __global__ void start_kernel(const int64_t* mask, Sizes n, int64_t* start) {
 
 // ---- host
 
-Sizes check_mask(const char* op, const Tensor& mask, int64_t prompt, int64_t hidden) {
-  that(mask.dim() == 2, op, "mask has shape ", Shape{mask}, ", want [B, S]");
-  check_tensor(op, "mask", mask, {mask.size(0), mask.size(1)}, "the mask", mask);
-  check_dtype(op, "mask", mask, ScalarType::Long);
+Sizes check_mask(const CudaCheck& check, const Tensor& mask, int64_t prompt, int64_t hidden) {
+  check.that(mask.dim() == 2, "mask has shape ", Shape{mask}, ", want [B, S]");
+  check.shape("mask", mask, {mask.size(0), mask.size(1)}, "the mask", mask);
+  check.dtype("mask", mask, ScalarType::Long);
   return {mask.size(0), mask.size(1), prompt, hidden};
 }
 
@@ -202,21 +202,21 @@ void launch_embeds(const Rows<T, P>& rows, const Tensor& out, cudaStream_t strea
 std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_concat_forward(const std::optional<Tensor>& ids, const Tensor& source,
                                                                  const Tensor& prompt, const Tensor& mask,
                                                                  const std::optional<Tensor>& labels) {
-  constexpr const char* kOp = "prompt_concat_forward";
-  that(prompt.dim() == 2, kOp, "prompt has shape ", Shape{prompt}, ", want [T, H]");
-  const Sizes n = check_mask(kOp, mask, prompt.size(0), prompt.size(1));
-  check_tensor(kOp, "prompt", prompt, {n.prompt, n.hidden}, "the mask", mask);
+  const CudaCheck check("prompt_concat_forward");
+  check.that(prompt.dim() == 2, "prompt has shape ", Shape{prompt}, ", want [T, H]");
+  const Sizes n = check_mask(check, mask, prompt.size(0), prompt.size(1));
+  check.shape("prompt", prompt, {n.prompt, n.hidden}, "the mask", mask);
   if (ids.has_value()) {
-    that(source.dim() == 2, kOp, "table has shape ", Shape{source}, ", want [V, H]");
-    check_tensor(kOp, "table", source, {source.size(0), n.hidden}, "the mask", mask);
-    check_tensor(kOp, "ids", *ids, {n.batch, n.length}, "the mask", mask);
-    check_dtype(kOp, "ids", *ids, ScalarType::Long);
+    check.that(source.dim() == 2, "table has shape ", Shape{source}, ", want [V, H]");
+    check.shape("table", source, {source.size(0), n.hidden}, "the mask", mask);
+    check.shape("ids", *ids, {n.batch, n.length}, "the mask", mask);
+    check.dtype("ids", *ids, ScalarType::Long);
   } else {
-    check_tensor(kOp, "embeds", source, {n.batch, n.length, n.hidden}, "the mask", mask);
+    check.shape("embeds", source, {n.batch, n.length, n.hidden}, "the mask", mask);
   }
   if (labels.has_value()) {
-    check_tensor(kOp, "labels", *labels, {n.batch, n.length}, "the mask", mask);
-    check_dtype(kOp, "labels", *labels, ScalarType::Long);
+    check.shape("labels", *labels, {n.batch, n.length}, "the mask", mask);
+    check.dtype("labels", *labels, ScalarType::Long);
   }
   const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
   Tensor out = empty(source, {n.batch, n.out(), n.hidden});
@@ -231,8 +231,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_concat_forward(const std::opti
         data<int64_t>(mask_out), data<int64_t>(positions), labels.has_value() ? data<int64_t>(labels_out) : nullptr);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  with_dtype(kOp, ids.has_value() ? "table" : "embeds", source, [&](auto* t) {
-    with_dtype(kOp, "prompt", prompt, [&](auto* p) {
+  check.with_dtype(ids.has_value() ? "table" : "embeds", source, [&](auto* t) {
+    check.with_dtype("prompt", prompt, [&](auto* p) {
       using T = std::remove_pointer_t<decltype(t)>;
       using P = std::remove_pointer_t<decltype(p)>;
       const Rows<T, P> rows{ids.has_value() ? data<int64_t>(*ids) : nullptr,
@@ -269,11 +269,11 @@ void launch_backward(const Tensor& dout, const Tensor& start, const Sizes& n, co
 
 std::tuple<Tensor, Tensor> prompt_concat_backward(const Tensor& dout, const Tensor& mask, int64_t prompt_length,
                                                   bool need_embeds) {
-  constexpr const char* kOp = "prompt_concat_backward";
-  that(dout.dim() == 3, kOp, "dout has shape ", Shape{dout}, ", want [B, T + S, H]");
-  that(prompt_length >= 0, kOp, "T is ", prompt_length, ", want at least 0");
-  const Sizes n = check_mask(kOp, mask, prompt_length, dout.size(2));
-  check_tensor(kOp, "dout", dout, {n.batch, n.out(), n.hidden}, "the mask", mask);
+  const CudaCheck check("prompt_concat_backward");
+  check.that(dout.dim() == 3, "dout has shape ", Shape{dout}, ", want [B, T + S, H]");
+  check.that(prompt_length >= 0, "T is ", prompt_length, ", want at least 0");
+  const Sizes n = check_mask(check, mask, prompt_length, dout.size(2));
+  check.shape("dout", dout, {n.batch, n.out(), n.hidden}, "the mask", mask);
   const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
   Tensor start = empty(mask, {n.batch});
   Tensor d_prompt = empty(dout, {n.prompt, n.hidden}, ScalarType::Float);
@@ -284,7 +284,7 @@ std::tuple<Tensor, Tensor> prompt_concat_backward(const Tensor& dout, const Tens
                                                                                  data<int64_t>(start));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  with_dtype(kOp, "dout", dout, [&](auto* t) {
+  check.with_dtype("dout", dout, [&](auto* t) {
     launch_backward<std::remove_pointer_t<decltype(t)>>(dout, start, n, d_prompt, need_embeds ? &d_embeds : nullptr,
                                                         stream);
   });

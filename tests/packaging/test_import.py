@@ -52,7 +52,7 @@ def visit(name):
         assert not error.name.startswith("peftkern"), error
         return
     for inner in pkgutil.iter_modules(getattr(module, "__path__", []), name + "."):
-        if not inner.name.endswith(".__main__"):  # runs the command
+        if not inner.name.endswith((".__main__", "._cuda")):  # the command, and a library of ops that is no module
             visit(inner.name)
 
 visit("peftkern")
