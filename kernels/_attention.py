@@ -8,7 +8,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ._common import dot, keep_mask_at, load_rows, round_to, row_keys
+from ._common import dot, load_rows, round_to
+from ._dropout import keep_mask_at, row_keys
 
 
 class Tile(NamedTuple):

@@ -16,19 +16,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ._common import dropout_args, precision, refuse_common
+from ._both import both_passes, one_kernel
+from ._column import Gradients, column_pass
+from ._common import precision, refuse_common
 from ._device import Device, Source, on_device, sources
-from ._launch import (
-    Gradients,
-    both_passes,
-    column_pass,
-    expand_pass,
-    halves,
-    hash_rows,
-    latent_pass,
-    one_kernel,
-    row_pass,
-)
+from ._dropout import dropout_args, hash_rows
+from ._expand import expand_pass
+from ._latent import halves, latent_pass
+from ._row import row_pass
 
 
 def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:

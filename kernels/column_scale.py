@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._common import INTERPRETED, refuse_common, round_to
 from ._device import Device, Source, device_of, launch, on_device, sources
-from ._launch import sum_splits
+from ._latent import sum_splits
 from ._tiles import cdiv, next_power_of_2
 
 # 16 bytes a lane of bf16 in rows of 512 columns; 8 KiB a tile, of which a multiprocessor holds several.

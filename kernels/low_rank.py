@@ -19,31 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import (
-    Dropout,
-    dot,
-    dropout_args,
-    keep_mask,
-    long_dot,
-    of_rank,
-    precision,
-    refuse_common,
-    round_to,
-    row_keys,
-)
+from ._both import both_passes, one_kernel
+from ._column import Gradients, column_pass
+from ._common import dot, long_dot, of_rank, precision, refuse_common, round_to
 from ._device import Device, Source, device_of, launch, on_device, sources
-from ._launch import (
-    Gradients,
-    both_passes,
-    column_pass,
-    expand_pass,
-    halves,
-    hash_rows,
-    one_kernel,
-    row_pass,
-    sum_splits,
-)
-from ._passes import latent_tile
+from ._dropout import Dropout, dropout_args, hash_rows, keep_mask, row_keys
+from ._expand import expand_pass, latent_tile
+from ._latent import halves, sum_splits
+from ._row import row_pass
 from ._tiles import cdiv, tile
 
 

@@ -21,20 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import (
-    Dropout,
-    dot,
-    dropout_args,
-    keep_mask,
-    load_rows,
-    long_dot,
-    precision,
-    refuse_common,
-    round_to,
-    row_keys,
-)
+from ._column import row_splits
+from ._common import dot, load_rows, long_dot, precision, refuse_common, round_to
 from ._device import Device, Source, device_of, launch, on_device, sources
-from ._launch import sum_splits
+from ._dropout import Dropout, dropout_args, keep_mask, row_keys
+from ._latent import sum_splits
 from ._tiles import Tile, cdiv, next_power_of_2, tile
 
 _CELLS = 5  # columns of the table: address of A, address of B, rank, ranks before it, bits of the scale
@@ -368,9 +359,7 @@ def _gradient(src: Tensor, g: Tensor, call: _Call, of_b: bool, drop: Dropout, pr
     (m, c), count, device = src.shape, call.cells.shape[0], device_of(src)
     t = _tile("column", call, m, precision, device)
     blocks_c, blocks_r = cdiv(c, t.block_c), cdiv(call.most, t.block_r)
-    # As in `_launch.Gradients`: partials cost at most half of reading src, and the programs fill the device.
-    affordable = m * src.element_size() // (16 * t.block_r * count)
-    splits = max(1, min(2 * device.processors // (blocks_c * count), cdiv(m, t.block_m) // 2, affordable))
+    splits = row_splits(src, t, 2 * device.processors // (blocks_c * count), count)
     size = call.ranks * c
     partial = torch.empty((splits, size), dtype=torch.float32, device=src.device)
     launch(

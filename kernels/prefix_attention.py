@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._attention import Tile, keys_kernel, mask_at, query_keys, tile, walk, walk_back
-from ._common import Dropout, dropout_args, load_rows, precision, refuse_common, round_to
+from ._common import load_rows, precision, refuse_common, round_to
 from ._device import Device, Source, device_of, launch, on_device, sources
+from ._dropout import Dropout, dropout_args
 from ._tiles import cdiv, next_power_of_2
 
 MAX_WIDTH = 256

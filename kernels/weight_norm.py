@@ -16,9 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import dot, dropout_args, precision, refuse_common
+from ._column import Gradients, column_pass
+from ._common import dot, precision, refuse_common
 from ._device import Device, Source, device_of, launch, on_device, sources
-from ._launch import Gradients, column_pass, reduce_pass, row_pass
+from ._dropout import dropout_args
+from ._latent import reduce_pass
+from ._row import row_pass
 from ._tiles import cdiv, tile
 
 

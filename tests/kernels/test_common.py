@@ -12,9 +12,9 @@ from peftkern.ops import dropout
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language", reason="triton is not installed")
 
-from peftkern.kernels._launch import Gradients  # noqa: E402
+from peftkern.kernels._column import Gradients  # noqa: E402
 
-from peftkern.kernels import _common, _device, _tiles, bottleneck, column_scale, low_rank, prompt_concat  # noqa: E402
+from peftkern.kernels import _common, _device, _dropout, _tiles, bottleneck, column_scale, low_rank, prompt_concat  # noqa: E402
 
 GPU = torch.cuda.is_available() and not _common.INTERPRETED
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -27,8 +27,8 @@ needs_launch = pytest.mark.skipif(
 def _keep_kernel(seed_ptr, out_ptr, row, col, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
     rows = row + tl.arange(0, ROWS)
     cols = col + tl.arange(0, COLS)
-    key1, key2 = _common.row_keys(seed_ptr, rows)
-    keep = _common.keep_mask(key1, key2, cols, threshold)
+    key1, key2 = _dropout.row_keys(seed_ptr, rows)
+    keep = _dropout.keep_mask(key1, key2, cols, threshold)
     offsets = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
     tl.store(out_ptr + offsets, keep.to(tl.int32))
 
@@ -61,7 +61,7 @@ def test_hash_is_the_reference_bit_for_bit(seed: int, p: float) -> None:
     rows, cols, row, col = 16, 64, 7, 65536 - 32
     seed_tensor = torch.tensor([seed], device=DEVICE)
     out = torch.empty(rows, cols, dtype=torch.int32, device=DEVICE)
-    drop = _common.dropout_args(p, seed_tensor)
+    drop = _dropout.dropout_args(p, seed_tensor)
     _keep_kernel[(1,)](drop.seed, out, row, col, drop.threshold, ROWS=rows, COLS=cols)
     hashes = dropout.random_bits(seed_tensor, row + rows, col + cols)[row:, col:]
     assert torch.equal(out.bool(), hashes >= dropout.threshold(p))
@@ -70,7 +70,7 @@ def test_hash_is_the_reference_bit_for_bit(seed: int, p: float) -> None:
 @pytest.mark.parametrize(("p", "seed"), [(-0.1, torch.tensor([1])), (1.0, torch.tensor([1])), (0.1, None)])
 def test_dropout_arguments_are_checked(p: float, seed: torch.Tensor | None) -> None:
     with pytest.raises(ValueError, match="p"):
-        _common.dropout_args(p, seed)
+        _dropout.dropout_args(p, seed)
 
 
 @needs_launch

@@ -9,7 +9,7 @@ import peftkern as pk
 
 from .test_common import DEVICE, needs_launch
 
-from peftkern.kernels import _launch  # isort: skip - test_common asks whether there is Triton
+from peftkern.kernels import _expand  # isort: skip - test_common asks whether there is Triton
 
 
 @needs_launch
@@ -24,19 +24,19 @@ def test_walking_down_the_rows(dtype: torch.dtype, rank: int, p: float, monkeypa
 
     weights = {"down": rand(rank, k) / k**0.5, "up": rand(n, rank), "down_bias": rand(rank), "up_bias": rand(n)}
     seed = torch.tensor([77], device=DEVICE)
-    walked, launch = [], _launch.launch
+    walked, launch = [], _expand.launch
 
     def counted(kernel: object, grid: tuple[int, ...], *args: object, **keywords: object) -> None:
-        walked[-1] += kernel is _launch.expand_columns_kernel
+        walked[-1] += kernel is _expand.expand_columns_kernel
         launch(kernel, grid, *args, **keywords)
 
-    monkeypatch.setattr(_launch, "launch", counted)
+    monkeypatch.setattr(_expand, "launch", counted)
     monkeypatch.setattr("peftkern.kernels.bottleneck.one_kernel", lambda *_: False)
     found = []
     # A program for each tile; a program for each tile, which keeps its columns; one for all rows of its columns.
     for least, columns in ((1 << 40, 256), (0, 1 << 20), (0, 64)):
-        monkeypatch.setattr(_launch, "_KEPT_TILES", least)
-        monkeypatch.setattr(_launch, "_KEPT_COLUMNS", columns)
+        monkeypatch.setattr(_expand, "_KEPT_TILES", least)
+        monkeypatch.setattr(_expand, "_KEPT_COLUMNS", columns)
         walked.append(0)
         x = rand(m, k).to(dtype).requires_grad_()
         with pk.use_backend("triton"):

@@ -11,7 +11,7 @@ from peftkern.ops._op import Op
 from ..ops.conftest import OPS
 from .test_common import DEVICE, needs_launch
 
-from peftkern.kernels import _launch  # isort: skip - test_common asks whether there is Triton
+from peftkern.kernels import _dropout  # isort: skip - test_common asks whether there is Triton
 
 
 @needs_launch
@@ -22,7 +22,7 @@ def test_the_mask_does_not_depend_on_where_rows_are_hashed(op: Op, monkeypatch: 
     for kwargs in cases:
         found = []
         for least in (1, 1 << 40):
-            monkeypatch.setattr(_launch, "_HASH_ROWS", least)
+            monkeypatch.setattr(_dropout, "_HASH_ROWS", least)
             x = kwargs["x"].clone().requires_grad_()
             with pk.use_backend("triton"):
                 y = op.run(**kwargs | {"x": x})
