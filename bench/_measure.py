@@ -122,7 +122,7 @@ class Settings:
 
     A provider of which one pass takes longer than `longest` seconds is not timed. announce(stage) is told what is about
     to run, so that whoever watches knows what died. A light case has a third of the rounds, and no memory rows. On a
-    CPU a case with a gate has twice as many at least: the median of seven ratios of whole steps is off by up to a tenth.
+    CPU a case with a gate has at least twice as many: the median of seven ratios of whole steps errs by up to a tenth.
     """
 
     rounds: int = 25
