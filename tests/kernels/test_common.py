@@ -24,11 +24,14 @@ needs_launch = pytest.mark.skipif(
 
 
 @triton.jit
-def _keep_kernel(seed_ptr, out_ptr, row, col, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _keep_kernel(seed_ptr, out_ptr, row, col, threshold, ROWS: tl.constexpr, COLS: tl.constexpr, ANY: tl.constexpr):
     rows = row + tl.arange(0, ROWS)
     cols = col + tl.arange(0, COLS)
     key1, key2 = _dropout.row_keys(seed_ptr, rows)
-    keep = _dropout.keep_mask(key1, key2, cols, threshold)
+    if ANY:
+        keep = _dropout.keep_mask_at(key1, key2, cols, threshold)
+    else:
+        keep = _dropout.keep_mask(key1, key2, cols, threshold)
     offsets = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
     tl.store(out_ptr + offsets, keep.to(tl.int32))
 
@@ -58,13 +61,15 @@ def _round_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
 @pytest.mark.parametrize("seed", [0, 1, -1, 1234567890123, -(2**63), 2**63 - 1])
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9999])
 def test_hash_is_the_reference_bit_for_bit(seed: int, p: float) -> None:
-    rows, cols, row, col = 16, 64, 7, 65536 - 32
+    rows, cols, row = 16, 64, 7
     seed_tensor = torch.tensor([seed], device=DEVICE)
     out = torch.empty(rows, cols, dtype=torch.int32, device=DEVICE)
     drop = _dropout.dropout_args(p, seed_tensor)
-    _keep_kernel[(1,)](drop.seed, out, row, col, drop.threshold, ROWS=rows, COLS=cols)
-    hashes = dropout.random_bits(seed_tensor, row + rows, col + cols)[row:, col:]
-    assert torch.equal(out.bool(), hashes >= dropout.threshold(p))
+    for col in (65536 - 32, 65536 - 33):  # only `keep_mask_at` may begin with an odd column
+        any_column = bool(col % 2)
+        _keep_kernel[(1,)](drop.seed, out, row, col, drop.threshold, ROWS=rows, COLS=cols, ANY=any_column)
+        hashes = dropout.random_bits(seed_tensor, row + rows, col + cols)[row:, col:]
+        assert torch.equal(out.bool(), hashes >= dropout.threshold(p))
 
 
 @pytest.mark.parametrize(("p", "seed"), [(-0.1, torch.tensor([1])), (1.0, torch.tensor([1])), (0.1, None)])
