@@ -45,8 +45,8 @@ Activation activation(const CpuCheck& check, const char* name) {
   return Activation::relu;
 }
 
-Bottleneck bottleneck_args(const CpuCheck& check, const Tensor& x, const Tensor& down, const Tensor& up, const Name& act,
-                           double scale, double p, const std::optional<Tensor>& seed) {
+Bottleneck bottleneck_args(const CpuCheck& check, const Tensor& x, const Tensor& down, const Tensor& up,
+                           const Name& act, double scale, double p, const std::optional<Tensor>& seed) {
   check.dims("x", x, 2);
   check.dims("down", down, 2);
   check.dims("up", up, 2);

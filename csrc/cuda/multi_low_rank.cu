@@ -191,7 +191,8 @@ Tensor multi_low_rank_forward(const Tensor& x, const Tensor& table, const Tensor
                               const std::optional<Tensor>& seed) {
   (void)seed;
   check.that(p == 0.0, "p is ", p, ", and this kernel has no dropout");
-  check.that(x.dim() == 2 && y.dim() == 2 && table.dim() == 2 && index.dim() == 1, "want x, y, table 2-D and index 1-D");
+  check.that(x.dim() == 2 && y.dim() == 2 && table.dim() == 2 && index.dim() == 1,
+             "want x, y, table 2-D and index 1-D");
   const int64_t m = x.size(0), k = x.size(1), n = y.size(1), adapters = table.size(0), entries = index.size(0);
   check.shape("x", x, {m, k}, "x", x, true);
   check.shape("y", y, {m, n}, "x", x);
