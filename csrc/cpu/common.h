@@ -81,8 +81,9 @@ struct Dropout {
   float inverse_keep = 1.0f;
 };
 
+constexpr uint32_t kOdd = 0x9E3779B1u;  // what the word of an odd column is times that of the even one before it
+
 // A row's words of the generator in halves of 16 bits: a, and the upper half of b (the lower is 0) and of b times kOdd.
-constexpr uint32_t kOdd = 0x9E3779B1u;
 struct RowKey {
   uint16_t a_low, a_high, b_even, b_odd;
 };
