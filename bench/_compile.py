@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,36 +22,25 @@ def main(argv: list[str]) -> int:
     device = torch.device("cuda", 0)
     for launch in list(launches(device))[index::count]:
         with contextlib.suppress(Exception):  # the test that needs it says what is wrong
-            compile_ahead(launch)
+            _device.compile_ahead(launch)
     return 0
 
 
-def compile_ahead(launch: _device.Launch) -> None:
-    """Compile for the current device and launch nothing; the same launch finds it in Triton's cache on disk."""
-    launch.kernel.warmup(*launch.args, grid=(1,), **launch.keywords, enable_fp_fusion=True)
-
-
 def launches(device: torch.device) -> Iterator[_device.Launch]:
-    """Those of `calls` that differ in what Triton compiles for; no kernel runs."""
+    """Those of every sample of every op in all dtypes, with a graph and without one, on the triton backend.
+
+    Each variant that Triton compiles is there once; no kernel runs.
+    """
     here = _device.device_of(torch.empty(0, device=device))
     seen = set()
-    for call in calls(device):
-        with _device.recording(here) as recorded:
-            call()
-        for launch in recorded:
-            key = (launch.kernel.fn, *launch.keywords.items(), *_device.seen_by_the_compiler(launch.args))
-            if key not in seen:
-                seen.add(key)
-                yield launch
-
-
-def calls(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Every sample of every op in all dtypes, with a graph and without one, on the triton backend."""
-    for op in every():
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for _, kwargs in op.samples(device, dtype):
-                for train in (True, False):
-                    yield functools.partial(_call, op, kwargs, train)
+    for op, dtype in itertools.product(every(), (torch.float32, torch.bfloat16, torch.float16)):
+        for (_, kwargs), train in itertools.product(op.samples(device, dtype), (True, False)):
+            with _device.recording(here) as recorded:
+                _call(op, kwargs, train)
+            for launch in recorded:
+                if (key := _device.variant(*launch)) not in seen:
+                    seen.add(key)
+                    yield launch
 
 
 def _call(op: Op, kwargs: dict[str, object], train: bool) -> None:

@@ -52,15 +52,6 @@ def tile(name: str, half: bool, width: int, arch: str) -> Tile:
 
 
 @triton.jit
-def query_keys(seed_ptr, row, DROPOUT: tl.constexpr):
-    """The keys of dropout for these rows of all queries; anything where nothing is dropped."""
-    key1, key2 = row, row
-    if DROPOUT:
-        key1, key2 = row_keys(seed_ptr, row)
-    return key1, key2
-
-
-@triton.jit
 def mask_at(mask_ptr, b, h, offs_m, stride_mb, stride_mh, stride_ms, MASK: tl.constexpr):
     """[BLOCK_M, 1] pointers to the queries' rows of the mask of one head; what came where there is no mask."""
     mask_rows = mask_ptr
@@ -288,7 +279,7 @@ def keys_kernel(
                 q, k_rows, mask_rows, offs_m, offs_n, offs_d, S, N, D, stride_kn, scale, CAUSAL, MASK, PRECISION,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            key1, key2 = query_keys(seed_ptr, row, DROPOUT)
+            key1, key2 = row_keys(seed_ptr, row, DROPOUT)
             dp = dot(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             dropped, ds = weights_and_slopes(
                 s, top, inv_sum, dp, delta, key1, key2, first_column + offs_n, inv_keep, threshold, DROPOUT

@@ -75,9 +75,7 @@ def both_kernel(
         h *= activation_grad(tl.load(pre_ptr + latent_offsets, mask=mask, other=0.0), ACT)
     tl.store(h_ptr + latent_offsets, h, mask=mask)
     z = h if pre_ptr is not None else activation(h, ACT)
-    key1, key2 = offs_m, offs_m
-    if OUTWARD:
-        key1, key2 = row_keys(seed_ptr, offs_m, OUTWARD)
+    key1, key2 = row_keys(seed_ptr, offs_m, OUTWARD)
     for block in tl.range(tl.cdiv(N, BLOCK_N), num_stages=STAGES):
         offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         base = base_tile(base_ptr, stride_basem, offs_m, offs_n, M, N)

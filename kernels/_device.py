@@ -32,6 +32,10 @@ class Launch(NamedTuple):
 # Few processors and a small cache, so that small tests split as large inputs do on a GPU.
 _INTERPRETER = Device("interpreter", 4, 1 << 14)
 _recorded: tuple[Device, list[Launch]] | None = None
+# What a launch compiled to: Triton finds it too, in 2.5 times as long, and launches are what a small call costs.
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+#: Triton's options of every launch.
+_ALWAYS = {"enable_fp_fusion": True}
 
 
 @functools.cache
@@ -68,14 +72,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **keywords: Any) -> N
         _recorded[1].append(Launch(kernel, args, keywords))
         return
     if INTERPRETED:
-        kernel[grid](*args, **keywords, enable_fp_fusion=True)
+        kernel[grid](*args, **keywords, **_ALWAYS)
         return
     active = triton.runtime.driver.active
     device = active.get_current_device()
-    key = (kernel.fn, device, *keywords.items(), *seen_by_the_compiler(args))
+    key = (device, variant(kernel, args, keywords))
     found = _compiled.get(key)
     if found is None:
-        compiled = kernel[grid](*args, **keywords, enable_fp_fusion=True)
+        compiled = kernel[grid](*args, **keywords, **_ALWAYS)
         _compiled[key] = compiled, tuple(keywords[name] for name in kernel.arg_names[len(args) :])
         return
     compiled, constants = found
@@ -89,13 +93,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **keywords: Any) -> N
     compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *values)
 
 
-# What a launch compiled to: Triton finds it too, in 2.5 times as long, and launches are what a small call costs.
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+def compile_ahead(record: Launch) -> None:
+    """Compile a recorded launch for the current device; the launch itself finds it in Triton's cache on disk."""
+    record.kernel.warmup(*record.args, grid=(1,), **record.keywords, **_ALWAYS)
 
 
-def seen_by_the_compiler(args: tuple[Any, ...]) -> list[Any]:
-    """What Triton may compile anew for: types, alignment to 16 bytes, integers that are 1, multiples of 16 or long."""
-    seen: list[Any] = []
+def variant(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
+    """What Triton may compile a launch anew for: the kernel, constexprs, options, and what it sees of each argument.
+
+    That is its type, alignment to 16 bytes, and whether an integer is 1, a multiple of 16 or long.
+    """
+    seen: list[Any] = [kernel.fn, *keywords.items()]
     for arg in args:
         kind = type(arg)
         if kind is int:
@@ -105,7 +113,7 @@ def seen_by_the_compiler(args: tuple[Any, ...]) -> list[Any]:
         else:
             seen.append(arg.dtype)
             seen.append(arg.data_ptr() % 16 == 0)
-    return seen
+    return tuple(seen)
 
 
 @contextlib.contextmanager
@@ -173,4 +181,4 @@ def _source(name: str, record: Launch) -> Source:
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and special):
             attrs[(position,)] = [["tt.divisibility", 16]]
     options = {key: value for key, value in record.keywords.items() if key in _OPTIONS}
-    return Source(name, record.kernel, signature, constexprs, attrs, options | {"enable_fp_fusion": True})
+    return Source(name, record.kernel, signature, constexprs, attrs, options | _ALWAYS)

@@ -33,12 +33,13 @@ def row_keys(seed_ptr, rows, DROPOUT: tl.constexpr = 1):
     """a and b of every row, uint32, of which `_pair_bits` makes its random bits.
 
     DROPOUT 2: seed_ptr is what `hash_rows` made, read instead of computed: 64-bit products cost as much as the rest.
+    0: nothing is dropped, and the words mean nothing.
     """
-    if DROPOUT == 2:
-        z = tl.load(seed_ptr + rows).to(tl.uint64)
-    else:
-        z = _row_hash(seed_ptr, rows)
-    return z.to(tl.uint32), (z >> 32).to(tl.uint32) & 0xFFFF0000
+    a, b = rows, rows
+    if DROPOUT != 0:
+        z = tl.load(seed_ptr + rows).to(tl.uint64) if DROPOUT == 2 else _row_hash(seed_ptr, rows)
+        a, b = z.to(tl.uint32), (z >> 32).to(tl.uint32) & 0xFFFF0000
+    return a, b
 
 
 @triton.jit

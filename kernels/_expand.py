@@ -132,9 +132,7 @@ def expand_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     pid_n = tl.program_id(1)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    key1, key2 = offs_m, offs_m
-    if DROPOUT:
-        key1, key2 = row_keys(seed_ptr, offs_m, DROPOUT)
+    key1, key2 = row_keys(seed_ptr, offs_m, DROPOUT)
     SPLIT: tl.constexpr = h_out_ptr is not None
     base = base_tile(base_ptr, stride_basem, offs_m, offs_n, M, N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -208,9 +206,7 @@ def expand_columns_kernel(
             acc = dot(z, w, acc, "bf16")
         else:
             acc = dot(z, w, acc, PRECISION)
-        key1, key2 = rows, rows
-        if DROPOUT:
-            key1, key2 = row_keys(seed_ptr, rows, DROPOUT)
+        key1, key2 = row_keys(seed_ptr, rows, DROPOUT)
         store_expanded(
             acc, base, bias_ptr, scale_ptr, shift_ptr, out_ptr, key1, key2, offs_m, offs_n, row_end, N, factor,
             threshold, DROPOUT,

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention import Tile, keys_kernel, mask_at, query_keys, tile, walk, walk_back
+from ._attention import Tile, keys_kernel, mask_at, tile, walk, walk_back
 from ._common import load_rows, precision, refuse_common, round_to
 from ._device import Device, Source, device_of, launch, on_device, sources
-from ._dropout import Dropout, dropout_args
+from ._dropout import Dropout, dropout_args, row_keys
 from ._tiles import cdiv, next_power_of_2
 
 MAX_WIDTH = 256
@@ -93,7 +93,7 @@ def forward_kernel(
     kvh = h // GROUP
     row = (b * Hq + h) * S + offs_m
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qs, offs_m, offs_m < S, offs_d, D)
-    key1, key2 = query_keys(seed_ptr, row, DROPOUT)
+    key1, key2 = row_keys(seed_ptr, row, DROPOUT)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -187,7 +187,7 @@ def queries_kernel(
     tl.store(delta_ptr + row, delta, mask=offs_m < S)
     top = tl.load(top_ptr + row, mask=offs_m < S, other=float("inf"))
     inv_sum = 1.0 / tl.load(sum_ptr + row, mask=offs_m < S, other=1.0)
-    key1, key2 = query_keys(seed_ptr, row, DROPOUT)
+    key1, key2 = row_keys(seed_ptr, row, DROPOUT)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = walk_back(
         q, dout, dq, top, inv_sum, delta, pk_ptr + b * stride_pkb + kvh * stride_pkh,

@@ -15,7 +15,6 @@ tl = pytest.importorskip("triton.language", reason="triton is not installed")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from bench._compile import compile_ahead  # noqa: E402
 from peftkern.kernels import _common, _device  # noqa: E402
 
 pytestmark = pytest.mark.skipif(_common.INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
@@ -117,7 +116,7 @@ def test_what_was_compiled_ahead_is_found(listener: Listener, tmp_path: Path, mo
     for grid, args, keywords in calls():
         with _device.recording(_device.Device("sm90", 132, 50 << 20)) as launches:
             _device.launch(_kernel, grid, *args, **keywords)
-        compile_ahead(launches[0])
+        _device.compile_ahead(launches[0])
         cached = set(tmp_path.iterdir())
         _device.launch(_kernel, grid, *args, **keywords)
         assert cached and set(tmp_path.iterdir()) == cached, (args, keywords)
