@@ -30,8 +30,7 @@ struct TallPack {
         if constexpr (kPerLane<Lane> == 2) {
           vf next{};
           if (m + 1 < end) next = n >= kLanes ? load(small + lds + j) : load_part(small + lds + j, n);
-          lanes =
-              as_float(__builtin_convertvector(to_bf16(lanes), vu) | __builtin_convertvector(to_bf16(next), vu) << 16);
+          lanes = as_float(widen(to_bf16(lanes)) | widen(to_bf16(next)) << 16);
         }
         store_lanes(to + j, lanes, stride - j);
       }
