@@ -14,23 +14,31 @@ struct PanelPack {
   Lane* at(int64_t panel) const { return data.get() + panel * depth * kPanel; }
 };
 
+// n columns of rows a and b (null: zeros) as pairs, and zeros behind them.
+PEFTKERN_INLINE void pack_pairs(const Bf16* a, const Bf16* b, int64_t stride, int64_t n, Bf16Pair* to) {
+  if (stride == 1 && n == kPanel && b) {
+    for (int v = 0; v < kPanel; v += kLanes) {
+      const vu pairs = widen(load_as<vh>(a + v)) | widen(load_as<vh>(b + v)) << 16;
+      __builtin_memcpy(to + v, &pairs, sizeof pairs);
+    }
+    return;
+  }
+  for (int64_t j = 0; j < n; ++j) to[j] = {a[j * stride], b ? b[j * stride] : Bf16{}};
+  for (int64_t j = n; j < kPanel; ++j) to[j] = {};
+}
+
 template <class Lane, class P>
 void pack_panels(const PanelPack<Lane>& pack, const Matrix& w, int64_t rows, int64_t cols, int64_t begin, int64_t end) {
-  const P* source = w.as<const P>();
   for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t c0 = panel * kPanel, inside = cols - c0 < kPanel ? cols - c0 : kPanel;
     Lane* to = pack.at(panel);
-    const int64_t c0 = panel * kPanel;
-    for (int64_t t = 0; t < pack.depth; ++t) {
-      for (int64_t j = 0; j < kPanel; ++j) {
-        const P* from = source + (c0 + j) * w.col;
-        const bool inside = c0 + j < cols;
-        if constexpr (kPerLane<Lane> == 2) {
-          to[t * kPanel + j].first = inside && 2 * t < rows ? from[2 * t * w.row] : Bf16{0};
-          to[t * kPanel + j].second = inside && 2 * t + 1 < rows ? from[(2 * t + 1) * w.row] : Bf16{0};
-        } else {
-          to[t * kPanel + j] = inside && t < rows ? to_float(from[t * w.row]) : 0.0f;
-        }
-      }
+    for (int64_t t = 0; t < pack.depth; ++t, to += kPanel) {
+      const int64_t r = t * kPerLane<Lane>, n = r < rows ? inside : 0;
+      const P* from = w.as<const P>() + r * w.row + c0 * w.col;
+      if constexpr (kPerLane<Lane> == 2)
+        pack_pairs(from, r + 1 < rows ? from + w.row : nullptr, w.col, n, to);
+      else
+        pack_line(from, w.col, n, kPanel, to);
     }
   }
 }

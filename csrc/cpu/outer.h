@@ -175,16 +175,18 @@ class Outer {
   // out[r, c0 : ...] = scale * sums of row r0 + r, for r < n; out lies row by row or column by column.
   void write(int64_t r0, int64_t n, int64_t c0, int64_t cols, float scale, const Matrix& out) const {
     const int64_t width = cols - c0 < kColBlock<T> ? cols - c0 : kColBlock<T>;
-    with_dtype(out.dtype, [&](auto* p) {
+    with_dtype(out.dtype, [=, this](auto* p) {
       auto* to = out.as<std::remove_pointer_t<decltype(p)>>() + c0 * out.col;
       if (out.col == 1) {
         for (int64_t i = 0; i < n; ++i) write_line(row(r0 + i), width, scale, to + i * out.row);
       } else {
-        Buffer<float> line(n);
-        for (int64_t j = 0; j < width; ++j) {
-          for (int64_t i = 0; i < n; ++i) line.get()[i] = row(r0 + i)[j];
-          write_line(line.get(), n, scale, to + j * out.col);
-        }
+        // All turned before any is read: a vector read at once waits until the scalars it spans have left the core.
+        Buffer<float> lines(n * width);
+        float* line = lines.get();
+        const float* from = row(r0);
+        for (int64_t j = 0; j < width; ++j)
+          for (int64_t i = 0; i < n; ++i) line[j * n + i] = from[i * kColBlock<T> + j];
+        for (int64_t j = 0; j < width; ++j) write_line(line + j * n, n, scale, to + j * out.col);
       }
     });
   }

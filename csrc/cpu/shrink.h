@@ -21,20 +21,14 @@ struct DotPack {
 template <class Lane, class P>
 void pack_dot_rows(const DotPack<Lane>& pack, const Matrix& small, int64_t cols, int64_t begin, int64_t end) {
   using Element = std::conditional_t<kPerLane<Lane> == 2, Bf16, float>;
+  constexpr int64_t kStep = DotPack<Lane>::kStep;
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t r0 = r / kDotCols * kDotCols;
-    const P* row = small.as<const P>() + r * small.row;
+    const int64_t r0 = r / kDotCols * kDotCols, inside = r < pack.rows ? cols : 0;
+    const P* from = small.as<const P>() + r * small.row;
     for (int64_t s = 0; s < pack.steps; ++s) {
-      Lane* lanes = const_cast<Lane*>(pack.at(r0, s)) + (r - r0) * kLanes;
-      Element* to = reinterpret_cast<Element*>(lanes);
-      for (int64_t i = 0; i < DotPack<Lane>::kStep; ++i) {
-        const int64_t c = s * DotPack<Lane>::kStep + i;
-        const bool inside = r < pack.rows && c < cols;
-        if constexpr (kPerLane<Lane> == 2)
-          to[i] = inside ? row[c * small.col] : Bf16{0};
-        else
-          to[i] = inside ? to_float(row[c * small.col]) : 0.0f;
-      }
+      Lane* to = const_cast<Lane*>(pack.at(r0, s)) + (r - r0) * kLanes;
+      const int64_t c = s * kStep, n = inside - c < kStep ? inside - c : kStep;
+      pack_line(from + c * small.col, small.col, n > 0 ? n : 0, kStep, reinterpret_cast<Element*>(to));
     }
   }
 }
