@@ -185,8 +185,7 @@ void forward(const Bottleneck& op) {
       shrink<Lane, T>(op.x.as<const T>() + m * op.x.row, op.x.row, rows, op.m - m - rows, op.k, nullptr, 0, down, 1.0f,
                       pre, op.r);
       if (!op.down_bias.empty())
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t j = 0; j < op.r; ++j) pre[i * op.r + j] += op.down_bias[static_cast<size_t>(j)];
+        for (int64_t i = 0; i < rows; ++i) add_line(op.down_bias.data(), op.r, pre + i * op.r);
       activate(op.act, pre, rows * op.r, z.get(), nullptr);
       if (op.drop.on) {
         for (int64_t i = 0; i < rows; ++i) keys[i] = row_key(op.drop.seed, m + i);
@@ -247,11 +246,9 @@ void backward_rows(const Bottleneck& op, Half<Lane>& half) {
       activate(op.act, op.pre.as<const float>() + m * op.r, rows * op.r, z.get(), slope.get());
       float* sums = half.bias_sums.get() + m / kRowChunk * op.r;
       for (int64_t j = 0; j < op.r; ++j) sums[j] = 0.0f;
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < op.r; ++j) {
-          dpre.get()[i * op.r + j] *= slope.get()[i * op.r + j];
-          sums[j] += dpre.get()[i * op.r + j];
-        }
+      for (int64_t i = 0; i < rows * op.r; i += op.r) {
+        multiply_line(slope.get() + i, op.r, dpre.get() + i);
+        add_line(dpre.get() + i, op.r, sums);
       }
       half.z.fill(z.get(), op.r, op.r, m, m + rows);
       half.dpre.fill(dpre.get(), op.r, op.r, m, m + rows);
@@ -296,7 +293,7 @@ void backward(const Bottleneck& op) {
   Buffer<float> sums(op.r);
   for (int64_t j = 0; j < op.r; ++j) sums.get()[j] = 0.0f;
   for (int64_t i = 0; i < ceil_div(op.m, kRowChunk); ++i)
-    for (int64_t j = 0; j < op.r; ++j) sums.get()[j] += half.bias_sums.get()[i * op.r + j];
+    add_line(half.bias_sums.get() + i * op.r, op.r, sums.get());
   with_dtype(op.d_down_bias.dtype, [&](auto* p) {
     write_line(sums.get(), op.r, 1.0f, op.d_down_bias.as<std::remove_pointer_t<decltype(p)> >());
   });

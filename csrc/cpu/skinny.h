@@ -138,6 +138,20 @@ PEFTKERN_INLINE void tile(const Lane* const (&small)[ROWS], int64_t st, Wide wid
   } while (--depth > 0);
 }
 
+// to[j] = f(to[j], from[j]) for j < n.
+template <class F>
+PEFTKERN_INLINE void combine_line(const float* from, int64_t n, float* to, const F& f) {
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) store(to + j, f(load(to + j), load(from + j)));
+  if (j < n) store_part(to + j, f(load_part(to + j, n - j), load_part(from + j, n - j)), n - j);
+}
+[[maybe_unused]] PEFTKERN_INLINE void add_line(const float* from, int64_t n, float* to) {
+  combine_line(from, n, to, [](vf a, vf b) { return a + b; });
+}
+[[maybe_unused]] PEFTKERN_INLINE void multiply_line(const float* from, int64_t n, float* to) {
+  combine_line(from, n, to, [](vf a, vf b) { return a * b; });
+}
+
 }  // namespace
 }  // namespace peftkern::PEFTKERN_ISA
 
