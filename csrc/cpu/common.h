@@ -1,11 +1,13 @@
 // Types that the kernels of every instruction set and the code around them share.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <optional>
 #include <string>
@@ -115,12 +117,34 @@ class Buffer {
   T* data_;
 };
 
-// Splits [0, tasks) over torch's own threads; below `kSerialWork` multiply-adds in all, or alone, it runs inline.
+// Runs f(begin, end) over parts of [0, tasks) on torch's own threads; below `kSerialWork` multiply-adds in all, or alone,
+// f(0, tasks) inline. Every thread has a share of neighbouring tasks, of which it takes half of what is left at a time,
+// and then helps the others: cores are not equally fast, and the last one sets the time.
 constexpr int64_t kSerialWork = 1 << 17;
 template <class F>
 void for_tasks(int64_t tasks, int64_t work_per_task, const F& f) {
-  const int64_t grain = kSerialWork / (work_per_task > 0 ? work_per_task : 1) + 1;
-  torch::stable::parallel_for(0, tasks, grain, f);
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t grain = kSerialWork / (work_per_task > 0 ? work_per_task : 1) + 1, most = ceil_div(tasks, grain);
+  const int64_t threads = most > 1 ? static_cast<int64_t>(torch::stable::get_num_threads()) : 1;
+  const int64_t count = threads < most ? threads : most;
+  if (count <= 1) return tasks > 0 ? f(int64_t{0}, tasks) : void();
+  const auto shares = std::make_unique<Share[]>(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) shares[i].next = tasks * i / count, shares[i].end = tasks * (i + 1) / count;
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t /*end*/) {
+    for (int64_t i = 0; i < count; ++i) {
+      Share& share = shares[(begin + i) % count];
+      int64_t from = share.next.load(std::memory_order_relaxed);
+      while (from < share.end) {
+        const int64_t to = from + ceil_div(share.end - from, 2);
+        if (!share.next.compare_exchange_weak(from, to, std::memory_order_relaxed)) continue;
+        f(from, to);
+        from = share.next.load(std::memory_order_relaxed);
+      }
+    }
+  });
 }
 
 }  // namespace peftkern
