@@ -261,29 +261,30 @@ void backward_rows(const Bottleneck& op, Half<Lane>& half) {
   });
 }
 
-// d_up, d_up_bias = a * drop(dy)^T [z, 1] by columns of dy, then d_down = dpre^T x by columns of x.
+// d_up, d_up_bias = a * drop(dy)^T [z, 1] by columns of dy, and d_down = dpre^T x by columns of x.
 template <class Lane, class T>
 void backward_cols(const Bottleneck& op, const Half<Lane>& half) {
   constexpr int64_t kBlock = kColBlock<T>;
-  const float scale = op.scale * op.drop.inverse_keep;
-  auto columns = [&](const Matrix& wide, int64_t cols, const TallPack<Lane>& small, bool masked, const Matrix& out,
-                     float a, const Matrix* bias) {
-    for_tasks(ceil_div(cols, kBlock), op.m * kBlock * op.r, [&](int64_t begin, int64_t end) {
-      Outer<Lane, T> outer(small);
-      for (int64_t c0 = begin * kBlock; c0 < end * kBlock; c0 += kBlock) {
-        outer.clear();
-        for (int64_t m = 0; m < op.m; m += kOuterRows) {
-          const int64_t rows = op.m - m < kOuterRows ? op.m - m : kOuterRows;
-          const uint8_t* bits = masked ? half.bits.get() + m * half.ldb + c0 / 8 : nullptr;
-          outer.add(wide.as<const T>(), wide.row, m, rows, c0, cols, bits, half.ldb);
-        }
-        outer.write(0, op.r, c0, cols, a, out);
-        if (bias) outer.write(op.r, 1, c0, cols, a, *bias);
-      }
-    });
+  auto add = [&](Outer<Lane, T>& outer, const Matrix& wide, int64_t c0, int64_t cols, const uint8_t* bits) {
+    for (int64_t m = 0; m < op.m; m += kOuterRows) {
+      const int64_t rows = op.m - m < kOuterRows ? op.m - m : kOuterRows;
+      outer.add(wide.as<const T>(), wide.row, m, rows, c0, cols, bits ? bits + m * half.ldb + c0 / 8 : nullptr,
+                half.ldb);
+    }
   };
-  columns(op.dy, op.n, half.z, op.drop.on, op.d_up.transposed(), scale, &op.d_up_bias);
-  columns(op.x, op.k, half.dpre, false, op.d_down, 1.0f, nullptr);
+  auto of_dy = [&](int64_t i) {
+    const float scale = op.scale * op.drop.inverse_keep;
+    Outer<Lane, T> outer(half.z);
+    add(outer, op.dy, i * kBlock, op.n, op.drop.on ? half.bits.get() : nullptr);
+    outer.write(0, op.r, i * kBlock, op.n, scale, op.d_up.transposed());
+    outer.write(op.r, 1, i * kBlock, op.n, scale, op.d_up_bias);
+  };
+  auto of_x = [&](int64_t i) {
+    Outer<Lane, T> outer(half.dpre);
+    add(outer, op.x, i * kBlock, op.k, nullptr);
+    outer.write(0, op.r, i * kBlock, op.k, 1.0f, op.d_down);
+  };
+  for_tasks_of_two(ceil_div(op.n, kBlock), ceil_div(op.k, kBlock), op.m * kBlock * op.r, of_dy, of_x);
 }
 
 template <class Lane, class T>

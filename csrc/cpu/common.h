@@ -147,4 +147,16 @@ void for_tasks(int64_t tasks, int64_t work_per_task, const F& f) {
   });
 }
 
+// first(i) for i < n_first and second(i) for i < n_second, evenly mixed, so that every share has as much of both.
+template <class F, class G>
+void for_tasks_of_two(int64_t n_first, int64_t n_second, int64_t work_per_task, const F& first, const G& second) {
+  const int64_t tasks = n_first + n_second;
+  for_tasks(tasks, work_per_task, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i = t * n_first / tasks;  // of the first kind come before t
+      (t + 1) * n_first / tasks > i ? first(i) : second(t - i);
+    }
+  });
+}
+
 }  // namespace peftkern

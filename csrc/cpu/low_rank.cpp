@@ -156,83 +156,98 @@ void forward(const LowRank& op) {
   });
 }
 
-// db[n, :] = s * dy^T h and base_dot[n] = sum over m of dy * base, by blocks of columns of dy.
+// What the rows of backward leave for its columns.
+template <class Lane>
+struct Half {
+  TallPack<Lane> h, dh;
+  PanelPack<Lane> a;
+  Buffer<Lane> lanes;  // of dh, as expand reads them
+  Buffer<RowKey> keys;
+  explicit Half(const LowRank& op)
+      : h(op.m, op.r, false),
+        dh(op.m, op.r, false),
+        a(op.r, op.k),
+        lanes(op.m * a.depth),
+        keys(op.drop.on ? op.m : 0) {}
+};
+
+// dh = s * dy b
 template <class Lane, class T>
-void backward_b(const LowRank& op) {
-  TallPack<Lane> h(op.m, op.r, false);
-  h.fill(op.h.as<float>(), op.r, op.r, 0, op.m);
-  constexpr int64_t kBlock = kColBlock<T>;
-  for_tasks(ceil_div(op.n, kBlock), op.m * kBlock * op.r, [&](int64_t begin, int64_t end) {
-    Outer<Lane, T> outer(h);
-    for (int64_t c0 = begin * kBlock; c0 < end * kBlock; c0 += kBlock) {
-      float dots[kBlock] = {};
-      outer.clear();
-      for (int64_t m = 0; m < op.m; m += kOuterRows) {
-        const int64_t rows = op.m - m < kOuterRows ? op.m - m : kOuterRows;
-        outer.add(op.dy.as<const T>(), op.dy.row, m, rows, c0, op.n, nullptr, 0);
-        if (op.base_dot)
-          column_dots(op.dy.as<const T>() + m * op.dy.row + c0, op.dy.row, op.base.as<const T>() + m * op.base.row + c0,
-                      op.base.row, rows, op.n - c0, dots);
-      }
-      outer.write(0, op.r, c0, op.n, op.scale, op.db.transposed());
-      if (op.base_dot)
-        for (int64_t i = 0; i < kBlock && c0 + i < op.n; ++i) op.base_dot[c0 + i] = dots[i];
+void backward_rows(const LowRank& op, const Half<Lane>& half) {
+  const bool through_b = op.da.data || op.dx.data;
+  const DotPack<Lane> b(op.r, op.n);
+  if (through_b) pack_dot(b, op.b.transposed(), op.n);
+  if (op.dx.data) pack_panel(half.a, op.a, op.r, op.k);
+  for_tasks(ceil_div(op.m, kRowChunk), kRowChunk * op.r * (through_b ? op.n : 1), [&](int64_t begin, int64_t end) {
+    Buffer<float> dh(kRowChunk * op.r);
+    for (int64_t m = begin * kRowChunk; m < end * kRowChunk && m < op.m; m += kRowChunk) {
+      const int64_t rows = op.m - m < kRowChunk ? op.m - m : kRowChunk;
+      if (op.db.data) half.h.fill(op.h.as<float>() + m * op.r, op.r, op.r, m, m + rows);
+      if (!through_b) continue;
+      if (op.drop.on)
+        for (int64_t i = 0; i < rows; ++i) half.keys.get()[m + i] = op.key(m + i);
+      shrink<Lane, T>(op.dy.as<const T>() + m * op.dy.row, op.dy.row, rows, op.m - m - rows, op.n, nullptr, 0, b,
+                      op.scale, dh.get(), op.r);
+      half.dh.fill(dh.get(), op.r, op.r, m, m + rows);
+      if (op.dx.data)
+        lanes_along_r(dh.get(), rows, op.r, op.drop.inverse_keep, half.a.depth, half.lanes.get() + m * half.a.depth);
     }
   });
 }
 
-// da = dh^T drop(x) and dx += drop(dh a), by blocks of columns of x, which share the dropout mask.
+// f(first row, rows) for one chunk of rows after the other.
+template <class F>
+void for_chunks(const LowRank& op, const F& f) {
+  for (int64_t m = 0; m < op.m; m += kOuterRows) f(m, op.m - m < kOuterRows ? op.m - m : kOuterRows);
+}
+
+// db[n, :] = s * dy^T h and base_dot[n] = sum over m of dy * base, for one block of columns of dy.
 template <class Lane, class T>
-void backward_ax(const LowRank& op, const float* dh, const TallPack<Lane>& tall, const RowKey* keys) {
-  const PanelPack<Lane> a(op.r, op.k);
-  if (op.dx.data) pack_panel(a, op.a, op.r, op.k);
-  Buffer<Lane> rows_dh(op.dx.data ? op.m * a.depth : 0);
-  if (op.dx.data) lanes_along_r(dh, op.m, op.r, op.drop.inverse_keep, a.depth, rows_dh.get());
+void backward_dy_block(const LowRank& op, const Half<Lane>& half, int64_t c0) {
+  constexpr int64_t kBlock = kColBlock<T>;
+  Outer<Lane, T> outer(half.h);
+  float dots[kBlock] = {};
+  for_chunks(op, [&](int64_t m, int64_t rows) {
+    outer.add(op.dy.as<const T>(), op.dy.row, m, rows, c0, op.n, nullptr, 0);
+    if (op.base_dot)
+      column_dots(op.dy.as<const T>() + m * op.dy.row + c0, op.dy.row, op.base.as<const T>() + m * op.base.row + c0,
+                  op.base.row, rows, op.n - c0, dots);
+  });
+  outer.write(0, op.r, c0, op.n, op.scale, op.db.transposed());
+  if (op.base_dot)
+    for (int64_t i = 0; i < kBlock && c0 + i < op.n; ++i) op.base_dot[c0 + i] = dots[i];
+}
+
+// da = dh^T drop(x) and dx += drop(dh a) for one block of columns of x, which share the dropout mask.
+template <class Lane, class T>
+void backward_x_block(const LowRank& op, const Half<Lane>& half, int64_t c0) {
   constexpr int64_t kBlock = kColBlock<T>, kPanels = kBlock / kPanel;
-  const int64_t ldb = mask_stride(kBlock);
-  for_tasks(ceil_div(op.k, kBlock), op.m * kBlock * op.r * 2, [&](int64_t begin, int64_t end) {
-    Outer<Lane, T> outer(tall);
-    Buffer<uint8_t> mask(kOuterRows * ldb + kMaskSlack);
-    const uint8_t* bits = op.drop.on ? mask.get() : nullptr;
-    for (int64_t c0 = begin * kBlock; c0 < end * kBlock; c0 += kBlock) {
-      outer.clear();
-      const int64_t panel = c0 / kPanel, panels = panel + kPanels < a.panels ? panel + kPanels : a.panels;
-      for (int64_t m = 0; m < op.m; m += kOuterRows) {
-        const int64_t rows = op.m - m < kOuterRows ? op.m - m : kOuterRows;
-        if (op.drop.on) keep_bits(keys + m, rows, c0, kBlock, op.drop.threshold, mask.get(), ldb);
-        if (op.da.data) outer.add(op.x.as<const T>(), op.x.row, m, rows, c0, op.k, bits, ldb);
-        if (op.dx.data) {
-          T* dx = op.dx.as<T>() + m * op.dx.row;
-          const ExpandTo<T> to{dx, op.dx.row, dx, op.dx.row, nullptr, bits, ldb, c0};
-          expand(rows_dh.get() + m * a.depth, rows, a, panel, panels, op.k, to);
-        }
-      }
-      if (op.da.data) outer.write(0, op.r, c0, op.k, op.drop.inverse_keep, op.da);
+  const PanelPack<Lane>& a = half.a;
+  const int64_t ldb = mask_stride(kBlock), panel = c0 / kPanel;
+  const int64_t panels = panel + kPanels < a.panels ? panel + kPanels : a.panels;
+  Outer<Lane, T> outer(half.dh);
+  Buffer<uint8_t> mask(kOuterRows * ldb + kMaskSlack);
+  const uint8_t* bits = op.drop.on ? mask.get() : nullptr;
+  for_chunks(op, [&](int64_t m, int64_t rows) {
+    if (op.drop.on) keep_bits(half.keys.get() + m, rows, c0, kBlock, op.drop.threshold, mask.get(), ldb);
+    if (op.da.data) outer.add(op.x.as<const T>(), op.x.row, m, rows, c0, op.k, bits, ldb);
+    if (op.dx.data) {
+      T* dx = op.dx.as<T>() + m * op.dx.row;
+      const ExpandTo<T> to{dx, op.dx.row, dx, op.dx.row, nullptr, bits, ldb, c0};
+      expand(half.lanes.get() + m * a.depth, rows, a, panel, panels, op.k, to);
     }
   });
+  if (op.da.data) outer.write(0, op.r, c0, op.k, op.drop.inverse_keep, op.da);
 }
 
 template <class Lane, class T>
 void backward(const LowRank& op) {
-  if (op.db.data) backward_b<Lane, T>(op);
-  if (!op.da.data && !op.dx.data) return;
-  const DotPack<Lane> b(op.r, op.n);
-  pack_dot(b, op.b.transposed(), op.n);
-  Buffer<float> dh(op.m * op.r);
-  TallPack<Lane> tall(op.m, op.r, false);
-  Buffer<RowKey> keys(op.drop.on ? op.m : 0);
-  for_tasks(ceil_div(op.m, kRowChunk), kRowChunk * op.r * op.n, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin * kRowChunk; m < end * kRowChunk && m < op.m; m += kRowChunk) {
-      const int64_t rows = op.m - m < kRowChunk ? op.m - m : kRowChunk;
-      if (op.drop.on)
-        for (int64_t i = 0; i < rows; ++i) keys.get()[m + i] = op.key(m + i);
-      float* to = dh.get() + m * op.r;
-      shrink<Lane, T>(op.dy.as<const T>() + m * op.dy.row, op.dy.row, rows, op.m - m - rows, op.n, nullptr, 0, b,
-                      op.scale, to, op.r);
-      tall.fill(to, op.r, op.r, m, m + rows);
-    }
-  });
-  backward_ax<Lane, T>(op, dh.get(), tall, keys.get());
+  constexpr int64_t kBlock = kColBlock<T>;
+  const Half<Lane> half(op);
+  backward_rows<Lane, T>(op, half);
+  for_tasks_of_two(op.da.data || op.dx.data ? ceil_div(op.k, kBlock) : 0, op.db.data ? ceil_div(op.n, kBlock) : 0,
+                   op.m * kBlock * op.r * 2, [&](int64_t i) { backward_x_block<Lane, T>(op, half, i * kBlock); },
+                   [&](int64_t i) { backward_dy_block<Lane, T>(op, half, i * kBlock); });
 }
 
 }  // namespace

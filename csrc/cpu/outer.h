@@ -21,7 +21,7 @@ struct TallPack {
       : rows(m), width(r + (ones ? 1 : 0)), stride(round_up(width, 4)), data(ceil_div(m, kPerLane<Lane>) * stride) {}
   const Lane* at(int64_t m) const { return data.get() + m / kPerLane<Lane> * stride; }
   // Rows [begin, end) of small, f32 with row stride lds and r columns; begin is even.
-  void fill(const float* small, int64_t lds, int64_t r, int64_t begin, int64_t end) {
+  void fill(const float* small, int64_t lds, int64_t r, int64_t begin, int64_t end) const {
     Lane* to = data.get() + begin / kPerLane<Lane> * stride;
     for (int64_t m = begin; m < end; m += kPerLane<Lane>, small += kPerLane<Lane> * lds, to += stride) {
       for (int64_t j = 0; j < r; j += kLanes) {
@@ -140,13 +140,13 @@ void write_line(const float* from, int64_t n, float scale, P* to) {
   }
 }
 
-// The column sums of one block of kColBlock columns, built up over chunks of rows. One per thread.
+// The column sums of one block of kColBlock columns, built up over chunks of rows.
 template <class Lane, class T>
 class Outer {
  public:
-  explicit Outer(const TallPack<Lane>& small) : small_(small), sums_(small.stride * kColBlock<T>) {}
-
-  void clear() { std::memset(sums_.get(), 0, static_cast<size_t>(small_.stride * kColBlock<T>) * sizeof(float)); }
+  explicit Outer(const TallPack<Lane>& small) : small_(small), sums_(small.stride * kColBlock<T>) {
+    std::memset(sums_.get(), 0, static_cast<size_t>(small_.stride * kColBlock<T>) * sizeof(float));
+  }
 
   // sums += small[m : m + rows]^T drop(x[m : m + rows, c0 : c0 + kColBlock]); rows <= kOuterRows, m even. The bits are
   // those of row m from column c0 on.

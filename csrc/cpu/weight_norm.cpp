@@ -194,9 +194,8 @@ void times_up(const WeightNorm& op) {
   up.fill(op.up.as<const float>(), op.r, op.r, 0, op.p);
   constexpr int64_t kBlock = kColBlock<T>;
   for_tasks(ceil_div(op.q, kBlock), op.p * kBlock * op.r, [&](int64_t begin, int64_t end) {
-    Outer<float, T> outer(up);
     for (int64_t c0 = begin * kBlock; c0 < end * kBlock; c0 += kBlock) {
-      outer.clear();
+      Outer<float, T> outer(up);
       for (int64_t m = 0; m < op.p; m += kOuterRows) {
         const int64_t rows = op.p - m < kOuterRows ? op.p - m : kOuterRows;
         outer.add(op.wide.as<const T>(), op.wide.row, m, rows, c0, op.q, nullptr, 0);
