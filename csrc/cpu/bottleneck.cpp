@@ -293,8 +293,7 @@ void backward(const Bottleneck& op) {
   backward_rows<Lane, T>(op, half);
   Buffer<float> sums(op.r);
   for (int64_t j = 0; j < op.r; ++j) sums.get()[j] = 0.0f;
-  for (int64_t i = 0; i < ceil_div(op.m, kRowChunk); ++i)
-    add_line(half.bias_sums.get() + i * op.r, op.r, sums.get());
+  for (int64_t i = 0; i < ceil_div(op.m, kRowChunk); ++i) add_line(half.bias_sums.get() + i * op.r, op.r, sums.get());
   with_dtype(op.d_down_bias.dtype, [&](auto* p) {
     write_line(sums.get(), op.r, 1.0f, op.d_down_bias.as<std::remove_pointer_t<decltype(p)> >());
   });

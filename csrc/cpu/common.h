@@ -102,24 +102,27 @@ inline RowKey row_key(uint64_t seed, int64_t row) {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Uninitialised scratch on cache-line boundaries.
+// Uninitialised scratch on cache-line boundaries. (An aligned operator new leaves splinters, which take longer to
+// collect than the memory does to get.)
 template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t n)
-      : data_(static_cast<T*>(::operator new(static_cast<size_t>(n > 0 ? n : 1) * sizeof(T), std::align_val_t{64}))) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
+      : memory_(std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(n) * sizeof(T) + kLine)) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    data_ = reinterpret_cast<T*>((address + kLine - 1) / kLine * kLine);
+  }
   T* get() const { return data_; }
 
  private:
+  static constexpr size_t kLine = 64;
+  std::unique_ptr<std::byte[]> memory_;
   T* data_;
 };
 
-// Runs f(begin, end) over parts of [0, tasks) on torch's own threads; below `kSerialWork` multiply-adds in all, or alone,
-// f(0, tasks) inline. Every thread has a share of neighbouring tasks, of which it takes half of what is left at a time,
-// and then helps the others: cores are not equally fast, and the last one sets the time.
+// Runs f(begin, end) over parts of [0, tasks) on torch's own threads; below `kSerialWork` multiply-adds in all, or
+// alone, f(0, tasks) inline. Every thread has a share of neighbouring tasks, of which it takes half of what is left at
+// a time, and then helps the others: cores are not equally fast, and the last one sets the time.
 constexpr int64_t kSerialWork = 1 << 17;
 template <class F>
 void for_tasks(int64_t tasks, int64_t work_per_task, const F& f) {

@@ -245,9 +245,10 @@ void backward(const LowRank& op) {
   constexpr int64_t kBlock = kColBlock<T>;
   const Half<Lane> half(op);
   backward_rows<Lane, T>(op, half);
-  for_tasks_of_two(op.da.data || op.dx.data ? ceil_div(op.k, kBlock) : 0, op.db.data ? ceil_div(op.n, kBlock) : 0,
-                   op.m * kBlock * op.r * 2, [&](int64_t i) { backward_x_block<Lane, T>(op, half, i * kBlock); },
-                   [&](int64_t i) { backward_dy_block<Lane, T>(op, half, i * kBlock); });
+  for_tasks_of_two(
+      op.da.data || op.dx.data ? ceil_div(op.k, kBlock) : 0, op.db.data ? ceil_div(op.n, kBlock) : 0,
+      op.m * kBlock * op.r * 2, [&](int64_t i) { backward_x_block<Lane, T>(op, half, i * kBlock); },
+      [&](int64_t i) { backward_dy_block<Lane, T>(op, half, i * kBlock); });
 }
 
 }  // namespace

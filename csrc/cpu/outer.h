@@ -140,6 +140,12 @@ void write_line(const float* from, int64_t n, float scale, P* to) {
   }
 }
 
+// to[cols, rows] = from[rows, cols]^T. By value: through a closure the sizes would be read again after every store.
+[[maybe_unused]] void turn(const float* from, int64_t ldf, int64_t rows, int64_t cols, float* to) {
+  for (int64_t j = 0; j < cols; ++j)
+    for (int64_t i = 0; i < rows; ++i) *to++ = from[i * ldf + j];
+}
+
 // The column sums of one block of kColBlock columns, built up over chunks of rows.
 template <class Lane, class T>
 class Outer {
@@ -166,27 +172,24 @@ class Outer {
       }
     }
     if (bits)
-      stage_block<T, true>(from, ldx, rows, left, bits, ldb, stage_.get());
+      stage_block<T, true>(from, ldx, rows, left, bits, ldb, stage_);
     else
-      stage_block<T, false>(from, ldx, rows, left, bits, ldb, stage_.get());
-    tiles(m, rows, [&](int64_t c) { return Packed<Lane>{stage_.get() + c, kColBlock<T>}; });
+      stage_block<T, false>(from, ldx, rows, left, bits, ldb, stage_);
+    tiles(m, rows, [&](int64_t c) { return Packed<Lane>{stage_ + c, kColBlock<T>}; });
   }
 
   // out[r, c0 : ...] = scale * sums of row r0 + r, for r < n; out lies row by row or column by column.
   void write(int64_t r0, int64_t n, int64_t c0, int64_t cols, float scale, const Matrix& out) const {
     const int64_t width = cols - c0 < kColBlock<T> ? cols - c0 : kColBlock<T>;
-    with_dtype(out.dtype, [=, this](auto* p) {
+    with_dtype(out.dtype, [&](auto* p) {
       auto* to = out.as<std::remove_pointer_t<decltype(p)>>() + c0 * out.col;
       if (out.col == 1) {
         for (int64_t i = 0; i < n; ++i) write_line(row(r0 + i), width, scale, to + i * out.row);
       } else {
         // All turned before any is read: a vector read at once waits until the scalars it spans have left the core.
         Buffer<float> lines(n * width);
-        float* line = lines.get();
-        const float* from = row(r0);
-        for (int64_t j = 0; j < width; ++j)
-          for (int64_t i = 0; i < n; ++i) line[j * n + i] = from[i * kColBlock<T> + j];
-        for (int64_t j = 0; j < width; ++j) write_line(line + j * n, n, scale, to + j * out.col);
+        turn(row(r0), kColBlock<T>, n, width, lines.get());
+        for (int64_t j = 0; j < width; ++j) write_line(lines.get() + j * n, n, scale, to + j * out.col);
       }
     });
   }
@@ -202,6 +205,8 @@ class Outer {
         float* sums = sums_.get() + r * kColBlock<T> + c;
         if (kTileRows > 4 && small_.stride - r > 4)
           outer_tile<Lane, kTileRows>(small, lds, wide(c), depth, sums, kColBlock<T>);
+        else if (small_.width - r == 1)
+          outer_tile<Lane, 1>(small, lds, wide(c), depth, sums, kColBlock<T>);
         else
           outer_tile<Lane, 4>(small, lds, wide(c), depth, sums, kColBlock<T>);
       }
@@ -209,7 +214,7 @@ class Outer {
   }
 
   const TallPack<Lane>& small_;
-  Buffer<Lane> stage_{kOuterRows * kColBlock<T>};
+  alignas(64) Lane stage_[kOuterRows * kColBlock<T>];
   Buffer<float> sums_;
 };
 

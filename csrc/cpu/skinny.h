@@ -76,8 +76,8 @@ template <class P>
 PEFTKERN_INLINE void assign(float& to, P from) {
   to = to_float(from);
 }
-// width elements to lanes: n from memory, `stride` apart, and zeros. Constants where it matters: packing a matrix of few
-// rows would otherwise take a tenth of the time of multiplying by it.
+// width elements to lanes: n from memory, `stride` apart, and zeros. Constants where it matters: packing a matrix of
+// few rows would otherwise take a tenth of the time of multiplying by it.
 template <class P, class Element>
 PEFTKERN_INLINE void pack_line(const P* from, int64_t stride, int64_t n, int64_t width, Element* to) {
   auto copy = [&](int64_t step, int64_t count) {
