@@ -17,6 +17,7 @@ namespace emulated {
 
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint16_t u16x32 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef float f32x16 __attribute__((vector_size(64)));
 
 template <class To, class From>
@@ -55,6 +56,8 @@ EMULATED __m512i load_si512(const void* p) {
 EMULATED void storeu_si512(void* p, __m512i v) { std::memcpy(p, &v, sizeof v); }
 EMULATED __m512i set1_epi16(int x) { return as<__m512i>(u16x32{} + static_cast<uint16_t>(x)); }
 EMULATED __m512i add_epi16(__m512i a, __m512i b) { return as<__m512i>(as<u16x32>(a) + as<u16x32>(b)); }
+EMULATED __m512i cvtepu16_epi32(__m256i v) { return as<__m512i>(__builtin_convertvector(as<u16x16>(v), u32x16)); }
+EMULATED __m256i cvtepi32_epi16(__m512i v) { return as<__m256i>(__builtin_convertvector(as<u32x16>(v), u16x16)); }
 EMULATED __m512i permutex2var_epi16(__m512i a, __m512i index, __m512i b) {
   const u16x32 x = as<u16x32>(a), y = as<u16x32>(b), at = as<u16x32>(index);
   u16x32 out;
@@ -120,6 +123,8 @@ EMULATED __m256bh cvtneps_pbh(__m512 v) {
 #define _mm512_storeu_si512 emulated::storeu_si512
 #define _mm512_set1_epi16 emulated::set1_epi16
 #define _mm512_add_epi16 emulated::add_epi16
+#define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
+#define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16
 #define _mm512_permutex2var_epi16 emulated::permutex2var_epi16
 #define _mm512_cmpge_epu16_mask emulated::cmpge_epu16_mask
 #define _mm512_mulhi_epu16 emulated::mulhi_epu16
