@@ -266,11 +266,10 @@ template <class Lane, class T>
 void backward_cols(const Bottleneck& op, const Half<Lane>& half) {
   constexpr int64_t kBlock = kColBlock<T>;
   auto add = [&](Outer<Lane, T>& outer, const Matrix& wide, int64_t c0, int64_t cols, const uint8_t* bits) {
-    for (int64_t m = 0; m < op.m; m += kOuterRows) {
-      const int64_t rows = op.m - m < kOuterRows ? op.m - m : kOuterRows;
+    for_chunks(op.m, [&](int64_t m, int64_t rows) {
       outer.add(wide.as<const T>(), wide.row, m, rows, c0, cols, bits ? bits + m * half.ldb + c0 / 8 : nullptr,
                 half.ldb);
-    }
+    });
   };
   auto of_dy = [&](int64_t i) {
     const float scale = op.scale * op.drop.inverse_keep;

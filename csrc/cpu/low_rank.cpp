@@ -195,19 +195,13 @@ void backward_rows(const LowRank& op, const Half<Lane>& half) {
   });
 }
 
-// f(first row, rows) for one chunk of rows after the other.
-template <class F>
-void for_chunks(const LowRank& op, const F& f) {
-  for (int64_t m = 0; m < op.m; m += kOuterRows) f(m, op.m - m < kOuterRows ? op.m - m : kOuterRows);
-}
-
 // db[n, :] = s * dy^T h and base_dot[n] = sum over m of dy * base, for one block of columns of dy.
 template <class Lane, class T>
 void backward_dy_block(const LowRank& op, const Half<Lane>& half, int64_t c0) {
   constexpr int64_t kBlock = kColBlock<T>;
   Outer<Lane, T> outer(half.h);
   float dots[kBlock] = {};
-  for_chunks(op, [&](int64_t m, int64_t rows) {
+  for_chunks(op.m, [&](int64_t m, int64_t rows) {
     outer.add(op.dy.as<const T>(), op.dy.row, m, rows, c0, op.n, nullptr, 0);
     if (op.base_dot)
       column_dots(op.dy.as<const T>() + m * op.dy.row + c0, op.dy.row, op.base.as<const T>() + m * op.base.row + c0,
@@ -228,7 +222,7 @@ void backward_x_block(const LowRank& op, const Half<Lane>& half, int64_t c0) {
   Outer<Lane, T> outer(half.dh);
   Buffer<uint8_t> mask(kOuterRows * ldb + kMaskSlack);
   const uint8_t* bits = op.drop.on ? mask.get() : nullptr;
-  for_chunks(op, [&](int64_t m, int64_t rows) {
+  for_chunks(op.m, [&](int64_t m, int64_t rows) {
     if (op.drop.on) keep_bits(half.keys.get() + m, rows, c0, kBlock, op.drop.threshold, mask.get(), ldb);
     if (op.da.data) outer.add(op.x.as<const T>(), op.x.row, m, rows, c0, op.k, bits, ldb);
     if (op.dx.data) {

@@ -146,6 +146,12 @@ void write_line(const float* from, int64_t n, float scale, P* to) {
     for (int64_t i = 0; i < rows; ++i) *to++ = from[i * ldf + j];
 }
 
+// f(first row, rows) for one chunk of kOuterRows after the other.
+template <class F>
+void for_chunks(int64_t rows, const F& f) {
+  for (int64_t m = 0; m < rows; m += kOuterRows) f(m, rows - m < kOuterRows ? rows - m : kOuterRows);
+}
+
 // The column sums of one block of kColBlock columns, built up over chunks of rows.
 template <class Lane, class T>
 class Outer {

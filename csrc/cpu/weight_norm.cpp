@@ -196,10 +196,9 @@ void times_up(const WeightNorm& op) {
   for_tasks(ceil_div(op.q, kBlock), op.p * kBlock * op.r, [&](int64_t begin, int64_t end) {
     for (int64_t c0 = begin * kBlock; c0 < end * kBlock; c0 += kBlock) {
       Outer<float, T> outer(up);
-      for (int64_t m = 0; m < op.p; m += kOuterRows) {
-        const int64_t rows = op.p - m < kOuterRows ? op.p - m : kOuterRows;
+      for_chunks(op.p, [&](int64_t m, int64_t rows) {
         outer.add(op.wide.as<const T>(), op.wide.row, m, rows, c0, op.q, nullptr, 0);
-      }
+      });
       outer.write(0, op.r, c0, op.q, 1.0f, op.right);
     }
   });
