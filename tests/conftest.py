@@ -15,8 +15,8 @@ from peftkern.testing import MODELS, TinyModel
 
 # Where the extension with emulated AVX-512 lies (make test-emulated): it takes the place of the installed one.
 if folder := os.environ.get("PEFTKERN_EMULATED"):
-    if not list(Path(folder).glob("_C.*.so")):
-        raise RuntimeError(f"no extension in {folder}: setup.py has not built it")  # or the installed one would be tested
+    if not list(Path(folder).glob("_C.*.so")):  # the installed one would be tested
+        raise RuntimeError(f"no extension in {folder}: setup.py has not built it")
     peftkern.__path__.insert(0, folder)
 
 # One thread: the models are tiny, and threads that wait for each other cost more than they do.
