@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 History = Sequence[Mapping[str, Any]]
 
@@ -29,6 +30,7 @@ def plot_curves(histories: Mapping[str, History], metric: str, path: Path) -> No
     loss.set(xlabel="step", ylabel="training loss", yscale="log")
     score.set(xlabel="epoch", ylabel=f"development {metric}", ylim=(0, 1))
     for axes in (loss, score):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
