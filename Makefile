@@ -19,7 +19,7 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-triton test-emulated bench peers readme-figures lint types format wheel aot aot-check cuda clean
+.PHONY: demo test test-triton test-emulated test-cuda-emulated bench peers readme-figures lint types format wheel aot aot-check cuda clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.torch:
@@ -61,6 +61,11 @@ test-triton: $(VENV)/.dev
 test-emulated: $(VENV)/.dev
 	PEFTKERN_EMULATE_AVX512=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/emulated
 	$(OFFLINE) PEFTKERN_EMULATED=build/emulated/peftkern $(PYTEST) tests/csrc -k avx512 $(ARGS)
+
+# The CUDA kernels on a CPU: csrc/cuda compiled with stand-ins for CUDA's threads, barriers and exchanges, on every test of the cuda backend.
+test-cuda-emulated: $(VENV)/.dev
+	$(BIN)/python -m tests.csrc.emulate_cuda build/emulated-cuda
+	$(OFFLINE) PEFTKERN_EMULATED_CUDA=build/emulated-cuda/_cuda.so $(PYTEST) tests/ops tests/csrc -k cuda $(ARGS)
 
 # The quick cases under pytest-benchmark, then the whole benchmark on the CPU: its files land in bench/results/cpu. On a GPU:
 # make bench ARGS="--device cuda". `make readme-figures` then writes README's tables from what lies in bench/results.

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,17 @@ if folder := os.environ.get("PEFTKERN_EMULATED"):
     if not list(Path(folder).glob("_C.*.so")):  # the installed one would be tested
         raise RuntimeError(f"no extension in {folder}: setup.py has not built it")
     peftkern.__path__.insert(0, folder)
+
+# csrc/cuda compiled for the CPU (make test-cuda-emulated): the cuda backend then takes the CPU's tensors.
+if emulated := os.environ.get("PEFTKERN_EMULATED_CUDA"):
+    torch.ops.load_library(emulated)
+    load_library, refusal = dispatch.load_library, dispatch._refusal
+
+    def _refusal(name: str, op: str, device: torch.device, *args: Any, **dims: int) -> str | None:
+        return refusal(name, op, torch.device("cuda") if name == "cuda" else device, *args, **dims)
+
+    dispatch.load_library = lambda name: Path(emulated) if name == "cuda" else load_library(name)
+    dispatch._refusal = _refusal
 
 # One thread: the models are tiny, and threads that wait for each other cost more than they do.
 torch.set_num_threads(1)

@@ -303,9 +303,9 @@ def _few_rows(device: torch.device, dtype: torch.dtype, **dims: int) -> str | No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_cuda_kernel_without_a_graph(dtype: torch.dtype, weights: torch.dtype) -> None:
-    if (reason := dispatch._refusal("cuda", "multi_low_rank", torch.device("cuda"), dtype)) is not None:
+    device = device_of("cuda")
+    if (reason := dispatch._refusal("cuda", "multi_low_rank", device, dtype)) is not None:
         pytest.skip(f"cuda multi_low_rank: {reason}")
-    device = torch.device("cuda")
     for m, k, n, ranks in (
         (1, 17, 19, [1]),
         (7, 33, 29, [5, 1, 70]),
