@@ -89,11 +89,9 @@ inline void wait(Barrier& barrier, unsigned expected) {
   if (barrier.generation == self.generation) swapcontext(&self.context, &block.scheduler);
   self.waits = nullptr;
 }
-inline void wait_block() { wait(block.all, block.running); }
 inline void wait_warp(unsigned mask) {
-  const unsigned warp = block.current->place / kLanes;
   STD_TORCH_CHECK(mask == 0xffffffffu, "emulated CUDA: exchanges of a part of a warp are not emulated");
-  wait(block.warps[warp], kLanes);
+  wait(block.warps[block.current->place / kLanes], kLanes);
 }
 // What every lane of the warp gives, as bits.
 template <class T>
@@ -189,7 +187,7 @@ struct DeviceGuard {
 #define blockDim (emulated::block.size)
 #define gridDim (emulated::block.grid)
 
-inline void __syncthreads() { emulated::wait_block(); }
+inline void __syncthreads() { emulated::wait(emulated::block.all, emulated::block.running); }
 template <class T>
 T __shfl_up_sync(unsigned mask, T own, unsigned delta) {
   const unsigned lane = emulated::block.current->place % emulated::kLanes;

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 STAND_IN = Path(__file__).with_name("emulate_cuda.h")
 WORDS = [
     (r"#include <(cuda_\w+|torch/csrc/stable/accelerator)\.h>", ""),
-    (r"((?:\w+)(?:<[\w, ]+>)?)<<<(.*?)>>>\(", r"emulated::launch(\2)(\1, "),
+    (r"(\w+(?:<[\w, ]+>)?)<<<(.*?)>>>\(", r"emulated::launch(\2)(\1, "),
     (r"extern __shared__ (\w+) (\w+)\[\];", r"\1* \2 = emulated::dynamic_shared<\1>();"),
     (r"torch::stable::accelerator::DeviceGuard", "emulated::DeviceGuard"),
     (r"TORCH_ERROR_CODE_CHECK\(aoti_torch_get_current_cuda_stream\(.*?\)\);", ""),
@@ -42,14 +42,8 @@ def build(folder: Path) -> Path:
     for path in (ROOT / "csrc" / "cuda").iterdir():
         (sources / path.name).write_text(translated(path.read_text(encoding="utf-8")), encoding="utf-8")
     place = Path(torch.__file__).parent
-    compiler = ["c++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
-    compiler += [
-        "-Wno-unknown-pragmas",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        "-isystem",
-        str(place / "include"),
-    ]
-    compiler += ["-include", str(STAND_IN), "-x", "c++", "-c"]
+    compiler = ["c++", "-c", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
+    compiler += ["-Wno-unknown-pragmas", "-isystem", str(place / "include"), "-include", str(STAND_IN), "-x", "c++"]
 
     def compiled(source: Path) -> str:
         target = str(source.with_suffix(".o"))
