@@ -95,19 +95,6 @@ PEFTKERN_INLINE void prefetch_tile(const ExpandTo<T>& at, int64_t rows, int64_t 
   }
 }
 
-template <class T>
-PEFTKERN_INLINE vf load_columns(const T* p, int64_t c, int64_t cols) {
-  if (c + kLanes <= cols) return load(p + c);
-  return c < cols ? load_part(p + c, cols - c) : vf{};
-}
-template <class T>
-PEFTKERN_INLINE void store_columns(T* p, vf v, int64_t c, int64_t cols) {
-  if (c + kLanes <= cols)
-    store(p + c, v);
-  else if (c < cols)
-    store_part(p + c, v, cols - c);
-}
-
 template <class Lane, class T, int ROWS, bool MASKED>
 void expand_tile(const Lane* small, int64_t lds, int64_t rows, const PanelPack<Lane>& w, int64_t panel, int64_t cols,
                  const ExpandTo<T>& to) {

@@ -168,7 +168,7 @@ class Outer {
     const int64_t left = cols - c0;
     if constexpr (kPerLane<Lane> == 1) {
       // Staging pays where more than one tile reads what it converts and masks.
-      const bool once = small_.stride <= kTileRows || (std::is_same_v<T, float> && !bits);
+      const bool once = small_.stride <= (std::is_same_v<T, float> && !bits ? kUnstagedOuter : kTileRows);
       if (once && left >= kColBlock<T>) {
         if (bits)
           tiles(m, rows, [&](int64_t c) { return Direct<T, true>{from + c, ldx, bits, ldb, c}; });

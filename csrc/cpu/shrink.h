@@ -73,11 +73,23 @@ PEFTKERN_INLINE vf keep_lanes(vf v, const uint8_t* bits, int64_t c) {
   return keep(v, lane_bits(bits, c));
 }
 
+// Rows of x[:, c0 : c1] as f32, one behind the other in whole vectors; dropped and missing elements are zero.
+template <class T>
+void stage_rows(const T* x, int64_t ldx, int64_t rows, const uint8_t* bits, int64_t ldb, int64_t c0, int64_t c1,
+                float* stage) {
+  for (int64_t m = 0; m < rows; ++m, x += ldx)
+    for (int64_t c = c0; c < c1; c += kLanes, stage += kLanes) {
+      const vf value = load_columns(x, c, c1);
+      store(stage, bits ? keep(value, lane_bits(bits + m * ldb, c)) : value);
+    }
+}
+
 // out[ROWS][COLS] (+)= scale * x[ROWS, c0 : c1] . packed rows. Meanwhile AHEAD rows from `ahead` on come into the
 // cache.
-template <class Lane, class T, int ROWS, int COLS, bool MASKED, int AHEAD>
-void dot_tile(const T* x, int64_t ldx, const T* ahead, const uint8_t* bits, int64_t ldb, const Lane* packed, int64_t c0,
-              int64_t c1, float scale, bool add, float* out, int64_t ldo, int64_t cols) {
+template <class Lane, class T, class A, int ROWS, int COLS, bool MASKED, int AHEAD>
+void dot_tile(const T* x, int64_t ldx, const A* ahead, int64_t lda, const uint8_t* bits, int64_t ldb,
+              const Lane* packed, int64_t c0, int64_t c1, float scale, bool add, float* out, int64_t ldo,
+              int64_t cols) {
   constexpr int64_t kStep = kLanes * kPerLane<Lane>;
   vf acc[ROWS][COLS];
 #pragma GCC unroll 8
@@ -88,7 +100,7 @@ void dot_tile(const T* x, int64_t ldx, const T* ahead, const uint8_t* bits, int6
   for (; c + kStep <= c1; c += kStep) {
     vf xs[ROWS];
 #pragma GCC unroll 8
-    for (int i = 0; i < AHEAD; ++i) __builtin_prefetch(ahead + i * ldx + c, 0, 2);
+    for (int i = 0; i < AHEAD; ++i) __builtin_prefetch(ahead + i * lda + c, 0, 2);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
       xs[i] = wide_lanes<Lane>(x + i * ldx + c);
@@ -127,17 +139,37 @@ void dot_tile(const T* x, int64_t ldx, const T* ahead, const uint8_t* bits, int6
   }
 }
 
-template <class Lane, class T, int COLS, bool MASKED, int AHEAD>
-void dot_rows(const T* x, int64_t ldx, int64_t rows, const T* ahead, const uint8_t* bits, int64_t ldb,
+template <class Lane, class T, class A, int ROWS, int COLS, bool MASKED, int AHEAD>
+void dot_rows(const T* x, int64_t ldx, int64_t rows, const A* ahead, int64_t lda, const uint8_t* bits, int64_t ldb,
               const Lane* packed, int64_t c0, int64_t c1, float scale, bool add, float* out, int64_t ldo,
               int64_t cols) {
   int64_t m = 0;
-  for (; m + kDotRows <= rows; m += kDotRows)
-    dot_tile<Lane, T, kDotRows, COLS, MASKED, AHEAD>(x + m * ldx, ldx, ahead + m * ldx, bits + m * ldb, ldb, packed, c0,
-                                                     c1, scale, add, out + m * ldo, ldo, cols);
+  for (; m + ROWS <= rows; m += ROWS)
+    dot_tile<Lane, T, A, ROWS, COLS, MASKED, AHEAD>(x + m * ldx, ldx, ahead + m * lda, lda, bits + m * ldb, ldb, packed,
+                                                    c0, c1, scale, add, out + m * ldo, ldo, cols);
   for (; m < rows; ++m)
-    dot_tile<Lane, T, 1, COLS, MASKED, 1>(x + m * ldx, ldx, ahead + m * ldx, bits + m * ldb, ldb, packed, c0, c1, scale,
-                                          add, out + m * ldo, ldo, cols);
+    dot_tile<Lane, T, A, 1, COLS, MASKED, 1>(x + m * ldx, ldx, ahead + m * lda, lda, bits + m * ldb, ldb, packed, c0,
+                                             c1, scale, add, out + m * ldo, ldo, cols);
+}
+
+// out[rows, R] (+)= scale * drop(x[:, c0 : c1]) small^T, whose vectors of these columns start at s0; bits may be null.
+template <class Lane, class T, class A, int ROWS>
+void dot_blocks(const T* x, int64_t ldx, int64_t rows, const A* next, int64_t lda, const uint8_t* bits, int64_t ldb,
+                const DotPack<Lane>& small, int64_t s0, int64_t c0, int64_t c1, float scale, float* out, int64_t ldo) {
+  const bool few = small.rows <= 2 * kDotCols;
+  for (int64_t r0 = 0; r0 < small.rows; r0 += kDotCols) {
+    const int64_t left = small.rows - r0, turn = few ? 0 : r0 / kDotCols % ROWS;
+    auto run = [&](auto* f) {
+      f(x, ldx, rows, next + turn * lda, lda, bits, ldb, small.at(r0, s0), c0, c1, scale, s0 > 0, out + r0, ldo, left);
+    };
+    if (DotPack<Lane>::width(left) != kDotCols)
+      bits ? run(dot_rows<Lane, T, A, ROWS, 4, true, 1>) : run(dot_rows<Lane, T, A, ROWS, 4, false, 1>);
+    else if (few)
+      bits ? run(dot_rows<Lane, T, A, ROWS, kDotCols, true, ROWS>)
+           : run(dot_rows<Lane, T, A, ROWS, kDotCols, false, ROWS>);
+    else
+      bits ? run(dot_rows<Lane, T, A, ROWS, kDotCols, true, 1>) : run(dot_rows<Lane, T, A, ROWS, kDotCols, false, 1>);
+  }
 }
 
 // out[rows, R] = scale * drop(x[rows, C]) small^T; bits may be null: no dropout. `more` rows of x are read next: they
@@ -148,23 +180,22 @@ void shrink(const T* x, int64_t ldx, int64_t rows, int64_t more, int64_t cols, c
   constexpr int64_t kStep = DotPack<Lane>::kStep;
   constexpr int64_t kMost = kDotBytes / (kLanes * 4);  // vectors
   const int64_t blocks = ceil_div(small.steps, kMost), per_block = ceil_div(small.steps, blocks);
-  const bool few = small.rows <= 2 * kDotCols;
+  const bool staged = small.rows > kUnstagedDots;
+  Buffer<float> stage(staged ? rows * per_block * kLanes : 0);
+  const T* following = more > 0 ? x + rows * ldx : x;
   for (int64_t s0 = 0; s0 < small.steps; s0 += per_block) {
     const int64_t c0 = s0 * kStep;
     const int64_t c1 = (s0 + per_block) * kStep < cols ? (s0 + per_block) * kStep : cols;
-    for (int64_t r0 = 0; r0 < small.rows; r0 += kDotCols) {
-      const int64_t left = small.rows - r0, turn = few ? 0 : r0 / kDotCols % kDotRows;
-      const T* ahead = more > 0 ? x + (rows + turn) * ldx : x;
-      auto run = [&](auto* f) {
-        f(x, ldx, rows, ahead, bits, ldb, small.at(r0, s0), c0, c1, scale, s0 > 0, out + r0, ldo, left);
-      };
-      if (DotPack<Lane>::width(left) != kDotCols)
-        bits ? run(dot_rows<Lane, T, 4, true, 1>) : run(dot_rows<Lane, T, 4, false, 1>);
-      else if (few)
-        bits ? run(dot_rows<Lane, T, kDotCols, true, kDotRows>) : run(dot_rows<Lane, T, kDotCols, false, kDotRows>);
-      else
-        bits ? run(dot_rows<Lane, T, kDotCols, true, 1>) : run(dot_rows<Lane, T, kDotCols, false, 1>);
+    if constexpr (kPerLane<Lane> == 1) {
+      if (staged) {
+        const int64_t width = round_up(c1 - c0, kLanes);
+        stage_rows(x, ldx, rows, bits, ldb, c0, c1, stage.get());
+        dot_blocks<Lane, float, T, kStagedDotRows>(stage.get(), width, rows, c1 < cols ? x + c1 : following, ldx,
+                                                   nullptr, 0, small, s0, 0, width, scale, out, ldo);
+        continue;
+      }
     }
+    dot_blocks<Lane, T, T, kDotRows>(x, ldx, rows, following, ldx, bits, ldb, small, s0, c0, c1, scale, out, ldo);
   }
 }
 

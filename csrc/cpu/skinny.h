@@ -12,9 +12,10 @@
 namespace peftkern::PEFTKERN_ISA {
 namespace {
 
-// Accumulators held in registers: 24 of 32 with AVX-512, 12 of 16 below, but 8 in shrink: with its rows, its mask and a
-// row of `small` beside 12, one goes to the stack and back at every step.
+// Accumulators held in registers: 24 of 32 with AVX-512, 12 of 16 below, but 8 in shrink where it converts or masks:
+// with its rows, its mask and a row of `small` beside 12, one goes to the stack and back at every step.
 constexpr int kDotRows = PEFTKERN_LEVEL >= 2 ? 3 : 2;
+constexpr int kStagedDotRows = 3;
 constexpr int kDotCols = PEFTKERN_LEVEL >= 2 ? 8 : 4;
 constexpr int kTileRows = PEFTKERN_LEVEL >= 2 ? 8 : 4;
 constexpr int kTileVecs = 3;
@@ -26,6 +27,11 @@ constexpr int64_t kOuterRows = 64;              // rows staged at a time by oute
 constexpr int64_t kDotBytes = 2048;             // of a row of `small` kept in L1 at a time by shrink
 constexpr int kStill = 8;                       // up to this depth w stays in registers and rows stream past it
 constexpr int64_t kL2Share = 384 << 10;         // bytes of a packed matrix that stay in L2 beside what streams through
+// Rows of `small` above which the wide matrix is staged first, in shrink and, for f32 that is not masked, in outer:
+// every few of them read it again, and rows that are a power of two apart share few sets of the cache. In shrink not
+// with AVX-512, where to convert and to mask is an instruction each.
+constexpr int64_t kUnstagedDots = PEFTKERN_LEVEL >= 2 ? INT64_MAX : 4 * kDotCols;
+constexpr int64_t kUnstagedOuter = 32;
 static_assert(kColBlock<float> % kPanel == 0 && kColBlock<Bf16> % kPanel == 0);
 
 constexpr int64_t kMaskSlack = 16;  // bytes behind the last row that a whole tile may read
@@ -136,6 +142,20 @@ PEFTKERN_INLINE void tile(const Lane* const (&small)[ROWS], int64_t st, Wide wid
     offset += st;
     wide.next();
   } while (--depth > 0);
+}
+
+// Columns from c on, of which those from `cols` on are not there.
+template <class T>
+PEFTKERN_INLINE vf load_columns(const T* p, int64_t c, int64_t cols) {
+  if (c + kLanes <= cols) return load(p + c);
+  return c < cols ? load_part(p + c, cols - c) : vf{};
+}
+template <class T>
+PEFTKERN_INLINE void store_columns(T* p, vf v, int64_t c, int64_t cols) {
+  if (c + kLanes <= cols)
+    store(p + c, v);
+  else if (c < cols)
+    store_part(p + c, v, cols - c);
 }
 
 // to[j] = f(to[j], from[j]) for j < n.
