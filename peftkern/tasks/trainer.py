@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 import peftkern as pk
 from peftkern.checkpoint import restore
@@ -196,9 +198,18 @@ def tracked(settings: TrainSettings) -> Iterator[None]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None; the Trainer's state is what is written last."""
-    found = [path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    """The newest complete checkpoint of a run, or None."""
+    found = [path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if _is_complete(path)]
     return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    # The Trainer writes its state last, and in place: a run that is killed meanwhile leaves a part of it.
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def best_class(logits: Tensor | Sequence[Tensor], _labels: Tensor) -> Tensor:

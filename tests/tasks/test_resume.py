@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,7 +78,12 @@ def test_a_checkpoint_cut_short_is_passed_over(tiny_bert, ner_data, tmp_path):
     settings = _settings(tiny_bert, ner_data, tmp_path / "run", epochs=2, keep_checkpoints=True)
     train(settings)
     whole = last_checkpoint(tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "checkpoint-999").mkdir()
+    state = (whole / "trainer_state.json").read_text()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "checkpoint-997").mkdir()
+    for number, part in {998: "", 999: state[: len(state) // 2]}.items():
+        shutil.copytree(whole, checkpoints / f"checkpoint-{number}")
+        (checkpoints / f"checkpoint-{number}" / "trainer_state.json").write_text(part)
     assert last_checkpoint(tmp_path / "run") == whole
     (tmp_path / "run" / "result.json").unlink()
     assert train(settings.with_changes(resume=True)).steps == 10
