@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -142,13 +144,14 @@ class Gradients:
     """f32 gradients of several column passes over the same rows, summed over row splits at the end.
 
     With one split the passes write the outputs themselves; else a workspace [splits, sum of sizes], which `finish`
-    sums in order. `columns` are the widths of the passes: together with the splits they fill the device. op: as in
-    `row_pass`.
+    sums in order. `columns` are the widths of the passes: together with the splits they fill the device. into: outputs
+    that are there already, behind those of the shapes. op: as in `row_pass`.
     """
 
     def __init__(
-        self, src: Tensor, columns: list[int], shapes: list[tuple[int, ...]], precision: str, rank: int, op: str = ""
-    ) -> None:
+        self, src: Tensor, columns: list[int], shapes: list[tuple[int, ...]], precision: str, rank: int, op: str = "",
+        into: Sequence[Tensor] = (),
+    ) -> None:  # fmt: skip
         device = device_of(src)
         self.op = op
         t = tile(f"{op}/column", precision, rank, device.arch)
@@ -159,7 +162,7 @@ class Gradients:
         per_split = cdiv(blocks_m, row_splits(src, t, programs * device.processors // blocks))
         self.splits = cdiv(blocks_m, per_split)
         self.rows_per_split = per_split * t.block_m
-        self.outputs = [torch.empty(shape, dtype=torch.float32, device=src.device) for shape in shapes]
+        self.outputs = [torch.empty(shape, dtype=torch.float32, device=src.device) for shape in shapes] + [*into]
         sizes = [out.numel() for out in self.outputs]
         self.size = sum(sizes)
         self.partials = self.outputs

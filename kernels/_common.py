@@ -160,7 +160,7 @@ def precision(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
     "split": 16-bit x with weights of another type, to 2^-16 of the product: 1/128 of what bf16 rounds x by.
     """
     if x_dtype == torch.float32:
-        return "tf32" if torch.version.hip is None and _tf32_allowed() else "ieee"
+        return "tf32" if torch.version.hip is None and tf32_allowed() else "ieee"
     return _TRITON_NAMES[x_dtype] if x_dtype == weight_dtype else "split"
 
 
@@ -169,7 +169,8 @@ def of_rank(precision: str, rank: int) -> str:
     return "sides" if precision == "split" and 1 < rank <= 32 else precision  # of one, Triton's compiler fails
 
 
-def _tf32_allowed() -> bool:
+def tf32_allowed() -> bool:
+    """Whether torch itself may round the factors of f32 products to tf32."""
     # The legacy allow_tf32 raises once the newer fp32_precision has been set; the newer one reads both.
     setting = torch.backends.cuda.matmul.fp32_precision
     if setting == "none":

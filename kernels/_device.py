@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,18 +23,31 @@ class Device(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One recorded launch: the jit function, its positional arguments, constexprs and options."""
+    """One recorded launch: the jit function, the grid, its positional arguments, constexprs and options."""
 
     kernel: Any
+    grid: tuple[int, ...]
     args: tuple[Any, ...]
     keywords: dict[str, Any]
 
 
+class Compiled(NamedTuple):
+    """What Triton compiled for a launch, and the values of the constexprs, which its launcher takes as well."""
+
+    kernel: Any
+    constants: tuple[Any, ...]
+
+
+class _Listening(threading.local):
+    recorded: tuple[Device, list[Launch]] | None = None
+    compiled: list[Compiled] | None = None
+
+
 # Few processors and a small cache, so that small tests split as large inputs do on a GPU.
 _INTERPRETER = Device("interpreter", 4, 1 << 14)
-_recorded: tuple[Device, list[Launch]] | None = None
+_listening = _Listening()
 # What a launch compiled to: Triton finds it too, in 2.5 times as long, and launches are what a small call costs.
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_compiled: dict[tuple[Any, ...], Compiled] = {}
 #: Triton's options of every launch.
 _ALWAYS = {"enable_fp_fusion": True}
 
@@ -49,8 +63,8 @@ def _cuda_facts(index: int) -> Device:
 
 def device_of(x: torch.Tensor) -> Device:
     """Facts of x's device, cached."""
-    if _recorded is not None:
-        return _recorded[0]
+    if _listening.recorded is not None:
+        return _listening.recorded[0]
     if x.device.type != "cuda":
         return _INTERPRETER
     return _cuda_facts(x.device.index)
@@ -68,8 +82,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **keywords: Any) -> N
 
     args are the kernel's arguments up to its constexprs, keywords the constexprs and Triton's options.
     """
-    if _recorded is not None:
-        _recorded[1].append(Launch(kernel, args, keywords))
+    if _listening.recorded is not None:
+        _listening.recorded[1].append(Launch(kernel, grid, args, keywords))
         return
     if INTERPRETED:
         kernel[grid](*args, **keywords, **_ALWAYS)
@@ -79,18 +93,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **keywords: Any) -> N
     key = (device, variant(kernel, args, keywords))
     found = _compiled.get(key)
     if found is None:
-        compiled = kernel[grid](*args, **keywords, **_ALWAYS)
-        _compiled[key] = compiled, tuple(keywords[name] for name in kernel.arg_names[len(args) :])
-        return
-    compiled, constants = found
-    stream, values = active.get_current_stream(device), (*args, *constants)
+        constants = tuple(keywords[name] for name in kernel.arg_names[len(args) :])
+        found = _compiled[key] = Compiled(kernel[grid](*args, **keywords, **_ALWAYS), constants)
+    else:
+        _run(found, grid, active.get_current_stream(device), args)
+    if _listening.compiled is not None:
+        _listening.compiled.append(found)
+
+
+def _run(compiled: Compiled, grid: tuple[int, ...], stream: int, args: tuple[Any, ...]) -> None:
+    kernel, values = compiled.kernel, (*args, *compiled.constants)
     enter, leave, metadata = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook, None
     if enter.calls or leave.calls:
-        metadata = compiled.launch_metadata(grid, stream, *values)
+        metadata = kernel.launch_metadata(grid, stream, *values)
     else:
         enter = leave = None
     x, y, z = (*grid, 1, 1)[:3]
-    compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *values)
+    kernel.run(x, y, z, stream, kernel.function, kernel.packed_metadata, metadata, enter, leave, *values)
 
 
 def compile_ahead(record: Launch) -> None:
@@ -118,14 +137,28 @@ def variant(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> tup
 
 @contextlib.contextmanager
 def recording(device: Device) -> Iterator[list[Launch]]:
-    """Collect the launches that calls on meta tensors would make on `device`; nothing runs."""
-    global _recorded
+    """Collect the launches that calls on meta tensors would make on `device`; in this thread nothing runs."""
     launches: list[Launch] = []
-    _recorded = (device, launches)
+    _listening.recorded = (device, launches)
     try:
         yield launches
     finally:
-        _recorded = None
+        _listening.recorded = None
+
+
+def is_recording() -> bool:
+    """Whether this thread is inside `recording`."""
+    return _listening.recorded is not None
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Compiled]]:
+    """Collect what this thread's launches run."""
+    _listening.compiled = compiled = []
+    try:
+        yield compiled
+    finally:
+        _listening.compiled = None
 
 
 class Source(NamedTuple):

@@ -23,6 +23,7 @@ from ._device import Device, Source, on_device, sources
 from ._dropout import dropout_args, hash_rows
 from ._expand import expand_pass
 from ._latent import halves, latent_pass
+from ._plan import planned
 from ._row import row_pass
 
 
@@ -31,6 +32,7 @@ def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
     return refuse_common(device, dtype, **dims)
 
 
+@planned
 def forward(
     x: Tensor,
     down: Tensor,
@@ -57,6 +59,7 @@ def forward(
     return y, pre
 
 
+@planned
 def backward(
     dy: Tensor,
     x: Tensor,

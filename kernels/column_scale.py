@@ -19,6 +19,7 @@ from torch import Tensor
 from ._common import INTERPRETED, refuse_common, round_to
 from ._device import Device, Source, device_of, launch, on_device, sources
 from ._latent import sum_splits
+from ._plan import planned
 from ._tiles import cdiv, next_power_of_2
 
 # 16 bytes a lane of bf16 in rows of 512 columns; 8 KiB a tile, of which a multiprocessor holds several.
@@ -32,6 +33,7 @@ def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
     return refuse_common(device, dtype, **dims)
 
 
+@planned
 def forward(x: Tensor, s: Tensor, y: Tensor) -> None:
     """y [M, C] = x * s; y may be x itself."""
     (m, c), block_c = x.shape, _block_c(x)
@@ -42,6 +44,7 @@ def forward(x: Tensor, s: Tensor, y: Tensor) -> None:
         )  # fmt: skip
 
 
+@planned
 def backward(dy: Tensor, x: Tensor | None, s: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor | None]:
     """(dx = dy * s [M, C] in dy's dtype, ds = sum over rows of dy * x [C] f32); None for what is not wanted.
 

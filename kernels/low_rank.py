@@ -26,6 +26,7 @@ from ._device import Device, Source, device_of, launch, on_device, sources
 from ._dropout import Dropout, dropout_args, hash_rows, keep_mask, row_keys
 from ._expand import expand_pass, latent_tile
 from ._latent import halves, sum_splits
+from ._plan import planned
 from ._row import row_pass
 from ._tiles import cdiv, tile
 
@@ -35,6 +36,7 @@ def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
     return refuse_common(device, dtype, **dims)
 
 
+@planned
 def forward(
     x: Tensor,
     a: Tensor,
@@ -63,6 +65,7 @@ def forward(
         return expand_pass(h, b.T, base, y, scale, plain, product, scale=column_scale, shift=shift)[0]
 
 
+@planned
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -88,13 +91,13 @@ def backward(
     product = precision(x.dtype, a.dtype)
     (n, r), k = b.shape, x.shape[1]
     need_dh = need_a or dx is not None
-    shapes = ([(r, k)] if need_a else []) + ([(n, r)] if need_b else []) + ([(n,)] if base is not None else [])
+    shapes = ([(r, k)] if need_a else []) + ([(n, r)] if need_b else [])
     with on_device(x):
-        grads = Gradients(x, [k, n], shapes, product, r)
+        grads = Gradients(x, [k, n], shapes, product, r, into=[] if base_dot is None else [base_dot])
         slots = list(grads.partials)
         da_slot = slots.pop(0) if need_a else None
         db_slot = slots.pop(0) if need_b else None
-        dot_slot = slots.pop(0) if base is not None else None
+        dot_slot = slots.pop(0) if base_dot is not None else None
         dh: Tensor | None = None
         if need_dh and db_slot is not None and 1 < r <= _ONE_DY_PASS and dy.element_size() == 2:
             dh = _dy_pass(dy, b, h, db_slot, grads, scale, product, base, dot_slot)
@@ -119,10 +122,7 @@ def backward(
                         x, g, grads, drop, product, grad=da_slot, grad_strides=(k, 1), grad_factor=drop.inv_keep
                     )
         sums = grads.finish()
-    da, db = (sums.pop(0) if need_a else None), (sums.pop(0) if need_b else None)
-    if base_dot is not None:
-        base_dot.copy_(sums[0])
-    return da, db
+    return sums.pop(0) if need_a else None, sums.pop(0) if need_b else None
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split", "stride_split"])

@@ -22,6 +22,7 @@ from ._attention import Tile, keys_kernel, mask_at, tile, walk, walk_back
 from ._common import load_rows, precision, refuse_common, round_to
 from ._device import Device, Source, device_of, launch, on_device, sources
 from ._dropout import Dropout, dropout_args, row_keys
+from ._plan import planned
 from ._tiles import cdiv, next_power_of_2
 
 MAX_WIDTH = 256
@@ -246,6 +247,7 @@ def _launch(
     )  # fmt: skip
 
 
+@planned
 def forward(
     q: Tensor,
     k: Tensor,
@@ -272,6 +274,7 @@ def forward(
     return out, norm
 
 
+@planned
 def backward(
     dout: Tensor,
     q: Tensor,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._common import INTERPRETED, refuse_common, round_to
 from ._device import Device, Source, launch, on_device, sources
+from ._plan import planned
 from ._tiles import cdiv, next_power_of_2
 
 _IGNORED = tl.constexpr(-100)
@@ -30,6 +31,7 @@ def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
     return refuse_common(device, dtype, **dims)
 
 
+@planned
 def forward(
     ids: Tensor | None, table: Tensor, prompt: Tensor, mask: Tensor, labels: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -56,6 +58,7 @@ def forward(
     return embeds, mask_out, positions, labels_out
 
 
+@planned
 def backward(dout: Tensor, mask: Tensor, prompt_length: int, need_embeds: bool) -> tuple[Tensor, Tensor]:
     """(d_prompt [T, H] f32, d_embeds [B, S, H] in dout's dtype or empty) of dout [B, T+S, H] and mask [B, S].
 

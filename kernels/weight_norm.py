@@ -21,6 +21,7 @@ from ._common import dot, precision, refuse_common
 from ._device import Device, Source, device_of, launch, on_device, sources
 from ._dropout import dropout_args
 from ._latent import reduce_pass
+from ._plan import planned
 from ._row import row_pass
 from ._tiles import cdiv, tile
 
@@ -30,6 +31,7 @@ def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
     return refuse_common(device, dtype, **dims)
 
 
+@planned
 def forward(wide: Tensor, up: Tensor, down: Tensor, scale: float, by_row: bool) -> Tensor:
     """Norms of the rows (by_row), or else of the columns, of wide + scale * up down -> [P] or [Q] f32."""
     (p, q), r = wide.shape, up.shape[1]
@@ -57,6 +59,7 @@ def forward(wide: Tensor, up: Tensor, down: Tensor, scale: float, by_row: bool) 
     return norms
 
 
+@planned
 def backward(wide: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """wide down^T [P, R] and up^T wide [R, Q], f32."""
     q, r = wide.shape[1], up.shape[1]

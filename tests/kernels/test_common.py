@@ -203,4 +203,4 @@ def test_recording_launches_nothing_and_ends() -> None:
         up, y = torch.empty(16, 4, device="meta"), torch.empty(64, 16, device="meta")
         low_rank.forward(x, weight, up, y, 1.0, 0.0, None)
     assert [launch.kernel.fn.__name__ for launch in launches] == ["row_kernel", "expand_kernel"]
-    assert _device._recorded is None
+    assert not _device.is_recording()
