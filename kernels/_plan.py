@@ -111,11 +111,11 @@ def planned(function: _Function) -> _Function:
             if isinstance(arg, Tensor):
                 like, address = arg, arg.data_ptr()
                 addresses.append(address)
-                kind += (arg.shape, arg.stride(), arg.dtype, address % 16)
+                kind += (arg.shape, arg.stride(), arg.dtype, arg.device, address % 16)
             else:
                 kind.append(arg)
-        assert like is not None
-        kind.append(like.device)
+        if like is None:
+            return function(*args)
         key = tuple(kind)
         plan = plans.get(key, 0)
         if isinstance(plan, _Plan):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +12,9 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language", reason="triton is not installed")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-
 from peftkern.kernels import _common, _device  # noqa: E402
+
+from .listener import Listener  # noqa: E402
 
 pytestmark = pytest.mark.skipif(_common.INTERPRETED, reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -29,41 +28,10 @@ def _kernel(x_ptr, out_ptr, other_ptr, rows, columns, scale, WITH: tl.constexpr,
     tl.store(out_ptr + offs, x, mask=(offs < rows * columns) & WITH)
 
 
-class Listener:
-    """A CUDA driver for sm_90 that keeps what it is given to launch."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-        self.binaries = 0
-        self.utils = SimpleNamespace(
-            load_binary=self.load_binary, unload_module=lambda _module: None,
-            get_device_properties=lambda _device: {"max_shared_mem": 227 << 10},
-        )  # fmt: skip
-
-    def load_binary(self, *_args: Any) -> tuple[Any, ...]:
-        self.binaries += 1
-        return object(), f"function {self.binaries}", 32, 0, 1024
-
-    def launcher_cls(self, _source: Any, _metadata: Any) -> Any:
-        return lambda *args: self.calls.append(args)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _device: int) -> int:
-        return 1234
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
 @pytest.fixture
 def listener(monkeypatch: pytest.MonkeyPatch) -> Listener:
-    found = Listener()
-    monkeypatch.setattr(triton.runtime.driver, "_active", found)
-    monkeypatch.setattr(_device, "_compiled", {})
     monkeypatch.setattr(_kernel, "device_caches", type(_kernel.device_caches)(_kernel.device_caches.default_factory))
-    return found
+    return Listener.active(monkeypatch)
 
 
 def calls() -> Iterator[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]]:
