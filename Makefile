@@ -52,7 +52,7 @@ demo: $(VENV)/.package $(VENV)/.backbone
 # half an hour (make test-triton). ARGS may select none of them.
 test: $(VENV)/.dev
 	$(OFFLINE) $(PYTEST) $(ARGS)
-	$(OFFLINE) TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_all_ops.py tests/ops/test_plans.py $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]
+	$(OFFLINE) TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_all_ops.py tests/ops/test_plans.py tests/kernels/test_sort.py $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]
 
 test-triton: $(VENV)/.dev
 	$(OFFLINE) TRITON_INTERPRET=1 $(PYTEST) tests/ops $(ARGS)

@@ -38,7 +38,7 @@ def launches(device: torch.device) -> Iterator[_device.Launch]:
             with _device.recording(here) as recorded:
                 _call(op, kwargs, train)
             for launch in recorded:
-                if (key := _device.variant(*launch)) not in seen:
+                if (key := _device.variant(launch.kernel, launch.args, launch.keywords)) not in seen:
                     seen.add(key)
                     yield launch
 
@@ -46,7 +46,8 @@ def launches(device: torch.device) -> Iterator[_device.Launch]:
 def _call(op: Op, kwargs: dict[str, object], train: bool) -> None:
     floating = [k for k, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in op.frozen]
     leaves = {name: kwargs[name].detach().requires_grad_(train) for name in floating}  # type: ignore[attr-defined]
-    with pk.use_backend("triton"), contextlib.suppress(BackendError):
+    one_thread = torch.autograd.set_multithreading_enabled(False)  # the one that records
+    with pk.use_backend("triton"), contextlib.suppress(BackendError), one_thread:
         out = op.run(**kwargs | leaves)
         y = out if isinstance(out, Tensor) else out[0]
         if train:

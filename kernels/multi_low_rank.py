@@ -1,8 +1,9 @@
 """Triton backend of multi_low_rank: y += s_i * (drop(x) A_i^T) B_i^T, i chosen row by row, with backward.
 
-Rows are sorted by adapter on the device. A program takes a block of rows of one adapter, which it finds from the row
-counts, and reads A_i and B_i at the addresses that the table holds (`peftkern.ops._adapters`). Nothing is gathered in
-memory, and the host never waits: as many programs start as there can be blocks at most, and the surplus ends at once.
+One kernel sorts the rows by adapter. A program of the others takes a block of rows of one adapter, which it finds from
+the row counts, and reads A_i and B_i at the addresses that the table holds (`peftkern.ops._adapters`). Nothing is
+gathered in memory, and the host never waits: as many programs start as there can be blocks at most, and the surplus
+ends at once.
 
 forward   shrink pass over x (h), expand pass on y
 backward  shrink pass over dy (dh), expand pass on dx, a pass per gradient over the rows of each adapter in row splits,
@@ -26,6 +27,8 @@ from ._common import dot, load_rows, long_dot, precision, refuse_common, round_t
 from ._device import Device, Source, device_of, launch, on_device, sources
 from ._dropout import Dropout, dropout_args, keep_mask, row_keys
 from ._latent import sum_splits
+from ._plan import planned
+from ._sort import sort_rows
 from ._tiles import Tile, cdiv, next_power_of_2, tile
 
 _CELLS = 5  # columns of the table: address of A, address of B, rank, ranks before it, bits of the scale
@@ -40,10 +43,7 @@ def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
 
 
 class _Call(NamedTuple):
-    """What the passes of one call share.
-
-    Rows are sorted by adapter: `order` [M] row numbers, `ends` [G] where each adapter's rows end; those of none last.
-    """
+    """What the passes of one call share; order and ends are those of `sort_rows`."""
 
     cells: Tensor
     order: Tensor
@@ -58,16 +58,28 @@ def forward(
     x: Tensor, cells: Tensor, index: Tensor, y: Tensor, most: int, ranks: int, dtype: int, aligned: bool, p: float,
     seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """y [M, N] += s_i h b_i^T in place -> h = drop(x) a_i^T [M, most] f32 (with dropout's 1 / (1 - p), without s_i)."""
-    drop = dropout_args(p, seed)
-    with on_device(x):
-        call = _call(x, cells, index, most, ranks, dtype, aligned)
-        product = precision(x.dtype, call.weights)
-        h = _shrink(x, call, False, drop, product)
-        _expand(h, y, call, True, dropout_args(0.0, None), product)
+    """y [M, N] += s_i h b_i^T in place -> h = drop(x) a_i^T [M, most] f32 (with dropout's 1 / (1 - p), without s_i).
+
+    Rows without an adapter have an h of 0.
+    """
+    h = torch.zeros((x.shape[0], most), dtype=torch.float32, device=x.device)
+    _update(x, cells, index, h, y, most, ranks, dtype, aligned, p, seed)
     return h
 
 
+@planned
+def _update(
+    x: Tensor, cells: Tensor, index: Tensor, h: Tensor, y: Tensor, most: int, ranks: int, dtype: int, aligned: bool,
+    p: float, seed: Tensor | None,
+) -> None:  # fmt: skip
+    with on_device(x):
+        call = _Call(cells, *sort_rows(index, x.shape[0], cells.shape[0]), most, ranks, _DTYPES[dtype], aligned)
+        product = precision(x.dtype, call.weights)
+        _shrink(x, h, call, False, dropout_args(p, seed), product)
+        _expand(h, y, call, True, dropout_args(0.0, None), product)
+
+
+@planned
 def backward(
     dy: Tensor, x: Tensor, cells: Tensor, index: Tensor, h: Tensor, dx: Tensor | None, most: int, ranks: int,
     dtype: int, aligned: bool, p: float, seed: Tensor | None, need_a: bool, need_b: bool,
@@ -77,30 +89,20 @@ def backward(
     dh = s_i dy b_i. What is not needed is empty.
     """
     drop, plain = dropout_args(p, seed), dropout_args(0.0, None)
-    da = db = torch.empty(0, dtype=torch.float32, device=x.device)
+    da, db = (torch.empty(0, dtype=torch.float32, device=x.device) for _ in range(2))
     with on_device(x):
-        call = _call(x, cells, index, most, ranks, dtype, aligned)
+        call = _Call(cells, *sort_rows(index, x.shape[0], cells.shape[0]), most, ranks, _DTYPES[dtype], aligned)
         product = precision(x.dtype, call.weights)
         if need_b:
             db = _gradient(dy, h, call, True, plain, product)
         if need_a or dx is not None:
-            dh = _shrink(dy, call, True, plain, product)
+            dh = torch.empty((dy.shape[0], most), dtype=torch.float32, device=dy.device)
+            _shrink(dy, dh, call, True, plain, product)
             if need_a:
                 da = _gradient(x, dh, call, False, drop, product)
             if dx is not None:
                 _expand(dh, dx, call, False, drop, product)
     return da, db
-
-
-def _call(x: Tensor, cells: Tensor, index: Tensor, most: int, ranks: int, dtype: int, aligned: bool) -> _Call:
-    rows, count = x.shape[0], cells.shape[0]
-    per_entry = rows // index.numel()
-    whole = index if per_entry == 1 else index.repeat_interleave(per_entry, output_size=rows)
-    # Rows without an adapter, or with one that does not exist, go behind all others.
-    whole = torch.where((whole >= 0) & (whole < count), whole, count)
-    ranked, order = torch.sort(whole, stable=True)
-    ends = torch.searchsorted(ranked, torch.arange(count, device=index.device), right=True)
-    return _Call(cells, order, ends, most, ranks, _DTYPES[dtype], aligned)
 
 
 @triton.jit
@@ -342,12 +344,10 @@ def _launch(
     )  # fmt: skip
 
 
-def _shrink(x: Tensor, call: _Call, of_b: bool, drop: Dropout, precision: str) -> Tensor:
-    (m, c), t = x.shape, _tile("row", call, x.shape[0], precision, device_of(x))
-    out = torch.zeros((m, call.most), dtype=torch.float32, device=x.device)
+def _shrink(x: Tensor, out: Tensor, call: _Call, of_b: bool, drop: Dropout, precision: str) -> None:
+    t = _tile("row", call, x.shape[0], precision, device_of(x))
     blocks_r = cdiv(call.most, t.block_r)
-    _launch(shrink_kernel, t, blocks_r, call, of_b, drop, precision, x, out, c, x.stride(0))
-    return out
+    _launch(shrink_kernel, t, blocks_r, call, of_b, drop, precision, x, out, x.shape[1], x.stride(0))
 
 
 def _expand(h: Tensor, out: Tensor, call: _Call, of_b: bool, drop: Dropout, precision: str) -> None:
@@ -381,28 +381,28 @@ def aot_sources(device: Device) -> Iterator[Source]:
 def _aot_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
     cases = [
-        (8192, 4096, 4096, 16, 16, bf16, bf16, 0.1),
-        (8192, 4096, 4096, 16, 16, bf16, f32, 0.1),
-        (8192, 4096, 4096, 8, 64, bf16, bf16, 0.1),
-        (8192, 4096, 4096, 8, 64, bf16, f32, 0.0),
-        (8192, 4096, 4096, 4, 128, bf16, bf16, 0.0),
-        (2048, 768, 768, 16, 8, f32, f32, 0.1),
-        (64, 4096, 4096, 32, 16, bf16, bf16, 0.0),
-        (64, 4096, 4096, 32, 16, f16, f32, 0.0),
-        (7, 33, 29, 3, 5, bf16, bf16, 0.1),
+        (8192, 8, 4096, 4096, 16, 16, bf16, bf16, 0.1),
+        (8192, 8192, 4096, 4096, 16, 16, bf16, f32, 0.1),
+        (8192, 8192, 4096, 4096, 8, 64, bf16, bf16, 0.1),
+        (8192, 8192, 4096, 4096, 8, 64, bf16, f32, 0.0),
+        (8192, 8192, 4096, 4096, 4, 128, bf16, bf16, 0.0),
+        (2048, 16, 768, 768, 16, 8, f32, f32, 0.1),
+        (64, 64, 4096, 4096, 32, 16, bf16, bf16, 0.0),
+        (64, 64, 4096, 4096, 32, 16, f16, f32, 0.0),
+        (7, 7, 33, 29, 3, 5, bf16, bf16, 0.1),
     ]
-    for m, k, n, count, r, dtype, weights, p in cases:
+    for m, entries, k, n, count, r, dtype, weights, p in cases:
         name = f"multi_low_rank {m}x{k}-{n} {count} of r{r} {dtype} {weights} p{p}".replace("torch.", "")
-        yield name, functools.partial(_aot_call, m, k, n, count, r, dtype, weights, p)
+        yield name, functools.partial(_aot_call, m, entries, k, n, count, r, dtype, weights, p)
 
 
 def _aot_call(
-    m: int, k: int, n: int, count: int, r: int, dtype: torch.dtype, weights: torch.dtype, p: float
+    m: int, entries: int, k: int, n: int, count: int, r: int, dtype: torch.dtype, weights: torch.dtype, p: float
 ) -> None:
     def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    cells, index = meta(count, _CELLS, dtype=torch.int64), meta(m, dtype=torch.int64)
+    cells, index = meta(count, _CELLS, dtype=torch.int64), meta(entries, dtype=torch.int64)
     seed = meta(1, dtype=torch.int64) if p else None
     sizes = (r, count * r, _DTYPES.index(weights), k % 16 == 0 and n % 16 == 0)
     h = forward(meta(m, k), cells, index, meta(m, n), *sizes, p, seed)
