@@ -102,15 +102,16 @@ def planned(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        if INTERPRETED or is_recording() or triton.knobs.runtime.launch_enter_hook.calls:
+        hooks = triton.knobs.runtime
+        if INTERPRETED or is_recording() or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
             return function(*args)
         like: Tensor | None = None
         addresses: list[int] = []
         kind: list[Any] = [tf32_allowed()]
         for arg in args:
             if isinstance(arg, Tensor):
-                like, address = arg, arg.data_ptr()
-                addresses.append(address)
+                like = arg if like is None else like
+                addresses.append(address := arg.data_ptr())
                 kind += (arg.shape, arg.stride(), arg.dtype, arg.device, address % 16)
             else:
                 kind.append(arg)
@@ -144,12 +145,8 @@ def _plan(function: Callable[..., Any], args: Sequence[Any], like: Tensor, compi
     with recording(device_of(like)) as launches, _Allocations() as allocations:
         result = function(*metas)
     results = result if isinstance(result, tuple) else (result,)
-    returned = {_memory(t): t for t in results if t is not None}
     made = {_memory(t): t for t in allocations.made}
-    whole = all(memory in made and _is_all_of(t, made[memory]) for memory, t in returned.items())
-    distinct = len(returned) == sum(t is not None for t in results)
-    if allocations.computed or not whole or not distinct or len(launches) != len(compiled):
-        return None
+    returned = {_memory(t): t for t in results if t is not None}
     places = {_memory(t): (i, 0) for i, t in enumerate(t for t in metas if isinstance(t, Tensor))}
     inputs, workspace = len(places), 0
     places |= {memory: (inputs + i, 0) for i, memory in enumerate(returned)}
@@ -157,6 +154,15 @@ def _plan(function: Callable[..., Any], args: Sequence[Any], like: Tensor, compi
         if memory not in returned:
             places[memory] = inputs + len(returned), workspace
             workspace += -(-tensor.untyped_storage().nbytes() // _ALIGNED) * _ALIGNED
+    if (
+        allocations.computed
+        or any(memory not in made or not _is_all_of(t, made[memory]) for memory, t in returned.items())
+        or len(returned) < sum(t is not None for t in results)
+        # Under inference_mode a copy may pass for a view, such as that of `contiguous`.
+        or any(_memory(arg) not in places for one in launches for arg in one.args if isinstance(arg, Tensor))
+        or len(launches) != len(compiled)
+    ):
+        return None
     numbers = {memory: i for i, memory in enumerate(returned)}
     at = tuple(None if t is None else numbers[_memory(t)] for t in results)
     return _Plan(

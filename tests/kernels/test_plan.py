@@ -138,6 +138,12 @@ def _computes(x: Tensor) -> Tensor:
     return out
 
 
+def _copies(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    _launch(x.T.contiguous(), out, None, 1.0)
+    return out
+
+
 def _returns_a_part(x: Tensor) -> Tensor:
     out = torch.empty(2, *x.shape)
     _launch(x, out, None, 1.0)
@@ -155,29 +161,41 @@ def _returns_one_twice(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, out
 
 
-@pytest.mark.parametrize("function", [_computes, _returns_a_part, _returns_its_argument, _returns_one_twice])
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("function", [_computes, _copies, _returns_a_part, _returns_its_argument, _returns_one_twice])
 def test_what_a_plan_cannot_repeat_is_called(
-    function: Callable[..., Any], listener: Listener, worked_out: list[Any]
+    function: Callable[..., Any], inference: bool, listener: Listener, worked_out: list[Any]
 ) -> None:
     run, x = planned(function), torch.zeros(4, 8)
-    for _ in range(4):
-        worked_out.clear()
-        run(x)
-        assert len(worked_out) == 1
+    with torch.inference_mode(inference):
+        for _ in range(4):
+            worked_out.clear()
+            run(x)
+            assert len(worked_out) == 1
 
 
-def test_a_profiler_hears_of_launches_behind_a_plan(listener: Listener) -> None:
+def test_inference_mode_has_plans_too(listener: Listener, worked_out: list[Any]) -> None:
+    function = planned(three_launches)
+    with torch.inference_mode():
+        for _ in range(3):
+            worked_out.clear()
+            function(*_arguments())
+    assert not worked_out
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profiler_hears_of_launches_behind_a_plan(name: str, listener: Listener) -> None:
     function = planned(three_launches)
     for _ in range(3):
         function(*_arguments())
     listener.calls.clear()
-    hooks, hook = triton.knobs.runtime, lambda _metadata: None
-    hooks.launch_enter_hook.add(hook)
+    hooks, hook = getattr(triton.knobs.runtime, name), lambda _metadata: None
+    hooks.add(hook)
     try:
         function(*_arguments())
     finally:
-        hooks.launch_enter_hook.remove(hook)
-    assert len(listener.calls) == 3 and all(call[_HOOKS][0] is not None for call in listener.calls)
+        hooks.remove(hook)
+    assert len(listener.calls) == 3 and all(None not in call[_HOOKS] for call in listener.calls)
 
 
 def test_plans_are_not_kept_without_end(
