@@ -179,8 +179,7 @@ void forward(const Bottleneck& op) {
     Buffer<float> z(kRowChunk * op.r);
     Buffer<Lane> lanes(kRowChunk * up.depth);
     RowKey keys[kRowChunk];
-    for (int64_t m = begin * kRowChunk; m < end * kRowChunk && m < op.m; m += kRowChunk) {
-      const int64_t rows = op.m - m < kRowChunk ? op.m - m : kRowChunk;
+    for_chunks(op.m, begin, end, [&](int64_t m, int64_t rows) {
       float* pre = op.pre.as<float>() + m * op.r;
       shrink<Lane, T>(op.x.as<const T>() + m * op.x.row, op.x.row, rows, op.m - m - rows, op.k, nullptr, 0, down, 1.0f,
                       pre, op.r);
@@ -202,7 +201,7 @@ void forward(const Bottleneck& op) {
                            0};
       lanes_along_r(z.get(), rows, op.r, scale, up.depth, lanes.get());
       expand(lanes.get(), rows, up, 0, up.panels, op.n, to);
-    }
+    });
   });
 }
 
@@ -232,8 +231,7 @@ void backward_rows(const Bottleneck& op, Half<Lane>& half) {
     Buffer<float> z(kRowChunk * op.r), slope(kRowChunk * op.r), dpre(kRowChunk * op.r);
     Buffer<Lane> lanes(kRowChunk * down.depth);
     RowKey keys[kRowChunk];
-    for (int64_t m = begin * kRowChunk; m < end * kRowChunk && m < op.m; m += kRowChunk) {
-      const int64_t rows = op.m - m < kRowChunk ? op.m - m : kRowChunk;
+    for_chunks(op.m, begin, end, [&](int64_t m, int64_t rows) {
       uint8_t* bits = nullptr;
       if (op.drop.on) {
         bits = half.bits.get() + m * half.ldb;
@@ -252,12 +250,12 @@ void backward_rows(const Bottleneck& op, Half<Lane>& half) {
       }
       half.z.fill(z.get(), op.r, op.r, m, m + rows);
       half.dpre.fill(dpre.get(), op.r, op.r, m, m + rows);
-      if (!op.dx.data) continue;
+      if (!op.dx.data) return;
       const ExpandTo<T> to{
           op.dx.as<T>() + m * op.dx.row, op.dx.row, op.add_dy ? dy : nullptr, op.dy.row, nullptr, nullptr, 0, 0};
       lanes_along_r(dpre.get(), rows, op.r, 1.0f, down.depth, lanes.get());
       expand(lanes.get(), rows, down, 0, down.panels, op.k, to);
-    }
+    });
   });
 }
 

@@ -138,8 +138,7 @@ void forward(const LowRank& op) {
     Buffer<uint8_t> bits(op.drop.on ? kRowChunk * ldb + kMaskSlack : 0);
     Buffer<Lane> lanes(kRowChunk * b.depth);
     RowKey keys[kRowChunk];
-    for (int64_t m = begin * kRowChunk; m < end * kRowChunk && m < op.m; m += kRowChunk) {
-      const int64_t rows = op.m - m < kRowChunk ? op.m - m : kRowChunk;
+    for_chunks(op.m, begin, end, [&](int64_t m, int64_t rows) {
       if (op.drop.on) {
         for (int64_t i = 0; i < rows; ++i) keys[i] = op.key(m + i);
         keep_bits(keys, rows, 0, op.k, op.drop.threshold, bits.get(), ldb);
@@ -152,7 +151,7 @@ void forward(const LowRank& op) {
       const T* base = op.base.data ? op.base.as<const T>() + m * op.base.row : nullptr;
       const ExpandTo<T> to{y, op.y.row, base, op.base.row, shift.values, nullptr, 0, 0, scale.values};
       expand(lanes.get(), rows, b, 0, b.panels, op.n, to);
-    }
+    });
   });
 }
 
@@ -180,10 +179,9 @@ void backward_rows(const LowRank& op, const Half<Lane>& half) {
   if (op.dx.data) pack_panel(half.a, op.a, op.r, op.k);
   for_tasks(ceil_div(op.m, kRowChunk), kRowChunk * op.r * (through_b ? op.n : 1), [&](int64_t begin, int64_t end) {
     Buffer<float> dh(kRowChunk * op.r);
-    for (int64_t m = begin * kRowChunk; m < end * kRowChunk && m < op.m; m += kRowChunk) {
-      const int64_t rows = op.m - m < kRowChunk ? op.m - m : kRowChunk;
+    for_chunks(op.m, begin, end, [&](int64_t m, int64_t rows) {
       if (op.db.data) half.h.fill(op.h.as<float>() + m * op.r, op.r, op.r, m, m + rows);
-      if (!through_b) continue;
+      if (!through_b) return;
       if (op.drop.on)
         for (int64_t i = 0; i < rows; ++i) half.keys.get()[m + i] = op.key(m + i);
       shrink<Lane, T>(op.dy.as<const T>() + m * op.dy.row, op.dy.row, rows, op.m - m - rows, op.n, nullptr, 0, b,
@@ -191,7 +189,7 @@ void backward_rows(const LowRank& op, const Half<Lane>& half) {
       half.dh.fill(dh.get(), op.r, op.r, m, m + rows);
       if (op.dx.data)
         lanes_along_r(dh.get(), rows, op.r, op.drop.inverse_keep, half.a.depth, half.lanes.get() + m * half.a.depth);
-    }
+    });
   });
 }
 
@@ -220,7 +218,7 @@ void backward_x_block(const LowRank& op, const Half<Lane>& half, int64_t c0) {
   const int64_t ldb = mask_stride(kBlock), panel = c0 / kPanel;
   const int64_t panels = panel + kPanels < a.panels ? panel + kPanels : a.panels;
   Outer<Lane, T> outer(half.dh);
-  Buffer<uint8_t> mask(kOuterRows * ldb + kMaskSlack);
+  Buffer<uint8_t> mask(kRowChunk * ldb + kMaskSlack);
   const uint8_t* bits = op.drop.on ? mask.get() : nullptr;
   for_chunks(op.m, [&](int64_t m, int64_t rows) {
     if (op.drop.on) keep_bits(half.keys.get() + m, rows, c0, kBlock, op.drop.threshold, mask.get(), ldb);

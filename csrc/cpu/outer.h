@@ -49,15 +49,10 @@ struct TallPack {
 template <class T, bool MASKED>
 void stage_block(const T* x, int64_t ldx, int64_t rows, int64_t left, const uint8_t* bits, int64_t ldb, float* stage) {
   for (int64_t m = 0; m < rows; ++m, x += ldx, stage += kColBlock<T>) {
-    __builtin_prefetch(x + kOuterRows * ldx, 0, 2);
-    __builtin_prefetch(x + kOuterRows * ldx + kColBlock<T> / 3, 0, 2);
-    __builtin_prefetch(x + kOuterRows * ldx + kColBlock<T> / 3 * 2, 0, 2);
-#pragma GCC unroll 32
-    for (int c = 0; c < kColBlock<T>; c += kLanes) {
-      vf value = load_columns(x, c, left);
-      if constexpr (MASKED) value = keep(value, lane_bits(bits + m * ldb, c));
-      store(stage + c, value);
-    }
+    __builtin_prefetch(x + kRowChunk * ldx, 0, 2);
+    __builtin_prefetch(x + kRowChunk * ldx + kColBlock<T> / 3, 0, 2);
+    __builtin_prefetch(x + kRowChunk * ldx + kColBlock<T> / 3 * 2, 0, 2);
+    stage_line<MASKED>(x, 0, kColBlock<T>, left, bits + m * ldb, stage);
   }
 }
 
@@ -73,8 +68,8 @@ void stage_block(const T* x, int64_t ldx, int64_t rows, int64_t left, const uint
   for (int64_t m = 0; m < rows; m += 2, x += 2 * ldx, stage += kColBlock<T>) {
 #pragma GCC unroll 4
     for (int c = 0; c < kColBlock<T>; c += 32) {
-      __builtin_prefetch(x + kOuterRows * ldx + c, 0, 2);
-      __builtin_prefetch(x + (kOuterRows + 1) * ldx + c, 0, 2);
+      __builtin_prefetch(x + kRowChunk * ldx + c, 0, 2);
+      __builtin_prefetch(x + (kRowChunk + 1) * ldx + c, 0, 2);
       const uint32_t inside = left - c >= 32 ? ~0u : left <= c ? 0u : (1u << (left - c)) - 1u;
       uint32_t first = inside, second = m + 1 < rows ? inside : 0u;
       if constexpr (MASKED) {
@@ -146,12 +141,6 @@ void write_line(const float* from, int64_t n, float scale, P* to) {
     for (int64_t i = 0; i < rows; ++i) *to++ = from[i * ldf + j];
 }
 
-// f(first row, rows) for one chunk of kOuterRows after the other.
-template <class F>
-void for_chunks(int64_t rows, const F& f) {
-  for (int64_t m = 0; m < rows; m += kOuterRows) f(m, rows - m < kOuterRows ? rows - m : kOuterRows);
-}
-
 // The column sums of one block of kColBlock columns, built up over chunks of rows.
 template <class Lane, class T>
 class Outer {
@@ -160,7 +149,7 @@ class Outer {
     std::memset(sums_.get(), 0, static_cast<size_t>(small_.stride * kColBlock<T>) * sizeof(float));
   }
 
-  // sums += small[m : m + rows]^T drop(x[m : m + rows, c0 : c0 + kColBlock]); rows <= kOuterRows, m even. The bits are
+  // sums += small[m : m + rows]^T drop(x[m : m + rows, c0 : c0 + kColBlock]); rows <= kRowChunk, m even. The bits are
   // those of row m from column c0 on.
   void add(const T* x, int64_t ldx, int64_t m, int64_t rows, int64_t c0, int64_t cols, const uint8_t* bits,
            int64_t ldb) {
@@ -220,7 +209,7 @@ class Outer {
   }
 
   const TallPack<Lane>& small_;
-  alignas(64) Lane stage_[kOuterRows * kColBlock<T>];
+  alignas(64) Lane stage_[kRowChunk * kColBlock<T>];
   Buffer<float> sums_;
 };
 

@@ -73,17 +73,6 @@ PEFTKERN_INLINE vf keep_lanes(vf v, const uint8_t* bits, int64_t c) {
   return keep(v, lane_bits(bits, c));
 }
 
-// Rows of x[:, c0 : c1] as f32, one behind the other in whole vectors; dropped and missing elements are zero.
-template <class T>
-void stage_rows(const T* x, int64_t ldx, int64_t rows, const uint8_t* bits, int64_t ldb, int64_t c0, int64_t c1,
-                float* stage) {
-  for (int64_t m = 0; m < rows; ++m, x += ldx)
-    for (int64_t c = c0; c < c1; c += kLanes, stage += kLanes) {
-      const vf value = load_columns(x, c, c1);
-      store(stage, bits ? keep(value, lane_bits(bits + m * ldb, c)) : value);
-    }
-}
-
 // out[ROWS][COLS] (+)= scale * x[ROWS, c0 : c1] . packed rows. Meanwhile AHEAD rows from `ahead` on come into the
 // cache.
 template <class Lane, class T, class A, int ROWS, int COLS, bool MASKED, int AHEAD>
@@ -152,8 +141,8 @@ void dot_rows(const T* x, int64_t ldx, int64_t rows, const A* ahead, int64_t lda
                                              c1, scale, add, out + m * ldo, ldo, cols);
 }
 
-// out[rows, R] (+)= scale * drop(x[:, c0 : c1]) small^T, whose vectors of these columns start at s0; bits may be null.
-template <class Lane, class T, class A, int ROWS>
+// out[rows, R] (+)= scale * drop(x[:, c0 : c1]) small^T, whose vectors of these columns start at s0.
+template <class Lane, class T, class A, int ROWS, bool MASKED>
 void dot_blocks(const T* x, int64_t ldx, int64_t rows, const A* next, int64_t lda, const uint8_t* bits, int64_t ldb,
                 const DotPack<Lane>& small, int64_t s0, int64_t c0, int64_t c1, float scale, float* out, int64_t ldo) {
   const bool few = small.rows <= 2 * kDotCols;
@@ -163,20 +152,19 @@ void dot_blocks(const T* x, int64_t ldx, int64_t rows, const A* next, int64_t ld
       f(x, ldx, rows, next + turn * lda, lda, bits, ldb, small.at(r0, s0), c0, c1, scale, s0 > 0, out + r0, ldo, left);
     };
     if (DotPack<Lane>::width(left) != kDotCols)
-      bits ? run(dot_rows<Lane, T, A, ROWS, 4, true, 1>) : run(dot_rows<Lane, T, A, ROWS, 4, false, 1>);
+      run(dot_rows<Lane, T, A, ROWS, 4, MASKED, 1>);
     else if (few)
-      bits ? run(dot_rows<Lane, T, A, ROWS, kDotCols, true, ROWS>)
-           : run(dot_rows<Lane, T, A, ROWS, kDotCols, false, ROWS>);
+      run(dot_rows<Lane, T, A, ROWS, kDotCols, MASKED, ROWS>);
     else
-      bits ? run(dot_rows<Lane, T, A, ROWS, kDotCols, true, 1>) : run(dot_rows<Lane, T, A, ROWS, kDotCols, false, 1>);
+      run(dot_rows<Lane, T, A, ROWS, kDotCols, MASKED, 1>);
   }
 }
 
-// out[rows, R] = scale * drop(x[rows, C]) small^T; bits may be null: no dropout. `more` rows of x are read next: they
-// are fetched early, because the first block of R waits for memory and the others do not.
-template <class Lane, class T>
-void shrink(const T* x, int64_t ldx, int64_t rows, int64_t more, int64_t cols, const uint8_t* bits, int64_t ldb,
-            const DotPack<Lane>& small, float scale, float* out, int64_t ldo) {
+// out[M, R] = scale * drop(x[M, C]) small^T for `rows` of the rows. `more` rows of x are read next: they are fetched
+// early, because the first block of R waits for memory and the others do not.
+template <class Lane, class T, bool MASKED>
+void shrink_rows(const T* x, int64_t ldx, int64_t rows, int64_t more, int64_t cols, const uint8_t* bits, int64_t ldb,
+                 const DotPack<Lane>& small, float scale, float* out, int64_t ldo) {
   constexpr int64_t kStep = DotPack<Lane>::kStep;
   constexpr int64_t kMost = kDotBytes / (kLanes * 4);  // vectors
   const int64_t blocks = ceil_div(small.steps, kMost), per_block = ceil_div(small.steps, blocks);
@@ -189,14 +177,24 @@ void shrink(const T* x, int64_t ldx, int64_t rows, int64_t more, int64_t cols, c
     if constexpr (kPerLane<Lane> == 1) {
       if (staged) {
         const int64_t width = round_up(c1 - c0, kLanes);
-        stage_rows(x, ldx, rows, bits, ldb, c0, c1, stage.get());
-        dot_blocks<Lane, float, T, kStagedDotRows>(stage.get(), width, rows, c1 < cols ? x + c1 : following, ldx,
-                                                   nullptr, 0, small, s0, 0, width, scale, out, ldo);
+        for (int64_t m = 0; m < rows; ++m)
+          stage_line<MASKED>(x + m * ldx, c0, c1, c1, bits + m * ldb, stage.get() + m * width);
+        dot_blocks<Lane, float, T, kStagedDotRows, false>(stage.get(), width, rows, c1 < cols ? x + c1 : following, ldx,
+                                                          nullptr, 0, small, s0, 0, width, scale, out, ldo);
         continue;
       }
     }
-    dot_blocks<Lane, T, T, kDotRows>(x, ldx, rows, following, ldx, bits, ldb, small, s0, c0, c1, scale, out, ldo);
+    dot_blocks<Lane, T, T, kDotRows, MASKED>(x, ldx, rows, following, ldx, bits, ldb, small, s0, c0, c1, scale, out,
+                                             ldo);
   }
+}
+
+// The same; bits may be null: no dropout.
+template <class Lane, class T>
+void shrink(const T* x, int64_t ldx, int64_t rows, int64_t more, int64_t cols, const uint8_t* bits, int64_t ldb,
+            const DotPack<Lane>& small, float scale, float* out, int64_t ldo) {
+  auto* run = bits ? shrink_rows<Lane, T, true> : shrink_rows<Lane, T, false>;
+  run(x, ldx, rows, more, cols, bits, ldb, small, scale, out, ldo);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 //
 //   shrink  out[M, R] = a * drop(wide[M, C]) small[R, C]^T     vectors run along C, which is summed
 //   expand  out[M, C] = base + drop(a * small[M, R] w[R, C] + bias)
-//   outer   out[R, C] = a * small[M, R]^T drop(wide[M, C])     vectors run along C, M is summed in blocks of kOuterRows
+//   outer   out[R, C] = a * small[M, R]^T drop(wide[M, C])     vectors run along C, M is summed in blocks of kRowChunk
 //
 // The wide matrix is read in its own dtype and converted in registers; sums are f32. `Lane` is what one 32-bit lane
 // multiplies: an f32, or a Bf16Pair where everything that is multiplied may be bf16.
@@ -20,10 +20,9 @@ constexpr int kDotCols = PEFTKERN_LEVEL >= 2 ? 8 : 4;
 constexpr int kTileRows = PEFTKERN_LEVEL >= 2 ? 8 : 4;
 constexpr int kTileVecs = 3;
 constexpr int kPanel = kTileVecs * kLanes;  // columns of an expand or outer tile
-constexpr int64_t kRowChunk = 64;           // rows of a row-parallel task; M is often a multiple: equal shares
+constexpr int64_t kRowChunk = 64;           // rows of a row-parallel task, and those that outer stages at a time
 template <class T>
 constexpr int64_t kColBlock = 192 / sizeof(T);  // columns of a column-parallel task: whole cache lines and panels
-constexpr int64_t kOuterRows = 64;              // rows staged at a time by outer
 constexpr int64_t kDotBytes = 2048;             // of a row of `small` kept in L1 at a time by shrink
 constexpr int kStill = 8;                       // up to this depth w stays in registers and rows stream past it
 constexpr int64_t kL2Share = 384 << 10;         // bytes of a packed matrix that stay in L2 beside what streams through
@@ -36,6 +35,18 @@ static_assert(kColBlock<float> % kPanel == 0 && kColBlock<Bf16> % kPanel == 0);
 
 constexpr int64_t kMaskSlack = 16;  // bytes behind the last row that a whole tile may read
 constexpr int64_t mask_stride(int64_t cols) { return ceil_div(cols, 32) * 4; }
+
+// f(first row, rows) for the chunks of kRowChunk rows with the numbers [begin, end), one after the other; of `rows`
+// rows in all, the last chunk may be shorter.
+template <class F>
+PEFTKERN_INLINE void for_chunks(int64_t rows, int64_t begin, int64_t end, const F& f) {
+  for (int64_t m = begin * kRowChunk; m < rows && m < end * kRowChunk; m += kRowChunk)
+    f(m, rows - m < kRowChunk ? rows - m : kRowChunk);
+}
+template <class F>
+PEFTKERN_INLINE void for_chunks(int64_t rows, const F& f) {
+  for_chunks(rows, 0, ceil_div(rows, kRowChunk), f);
+}
 
 // Keep bits of rows x [c0, c0 + cols), in whole words of 32, by the generator of peftkern/ops/dropout.py; c0 is even.
 // The upper half of a * c + b comes from halves: products of 16 bits are cheaper than those of 32.
@@ -156,6 +167,16 @@ PEFTKERN_INLINE void store_columns(T* p, vf v, int64_t c, int64_t cols) {
     store(p + c, v);
   else if (c < cols)
     store_part(p + c, v, cols - c);
+}
+
+// drop(x)[c0 : c1] to f32, in whole vectors; dropped elements and those from `cols` on are zero.
+template <bool MASKED, class T>
+PEFTKERN_INLINE void stage_line(const T* x, int64_t c0, int64_t c1, int64_t cols, const uint8_t* bits, float* to) {
+  for (int64_t c = c0; c < c1; c += kLanes, to += kLanes) {
+    vf value = load_columns(x, c, cols);
+    if constexpr (MASKED) value = keep(value, lane_bits(bits, c));
+    store(to, value);
+  }
 }
 
 // to[j] = f(to[j], from[j]) for j < n.

@@ -129,12 +129,11 @@ template <class T>
 void by_row(const WeightNorm& op, const PanelPack<float>& down) {
   for_tasks(ceil_div(op.p, kRowChunk), kRowChunk * op.r * op.q, [&](int64_t begin, int64_t end) {
     Buffer<float> lanes(kRowChunk * down.depth);
-    for (int64_t m0 = begin * kRowChunk; m0 < end * kRowChunk && m0 < op.p; m0 += kRowChunk) {
-      const int64_t rows = op.p - m0 < kRowChunk ? op.p - m0 : kRowChunk;
+    for_chunks(op.p, begin, end, [&](int64_t m0, int64_t rows) {
       lanes_along_r(op.up.as<const float>() + m0 * op.r, rows, op.r, op.scale, down.depth, lanes.get());
       for (int64_t i = 0; i < rows; i += kNormRows)
         row_norms<T>(op, lanes.get() + i * down.depth, down, m0 + i, rows - i < kNormRows ? rows - i : kNormRows);
-    }
+    });
   });
 }
 
@@ -179,11 +178,10 @@ void times_down(const WeightNorm& op) {
   const DotPack<float> down(op.r, op.q);
   pack_dot(down, op.down, op.q);
   for_tasks(ceil_div(op.p, kRowChunk), kRowChunk * op.r * op.q, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin * kRowChunk; m < end * kRowChunk && m < op.p; m += kRowChunk) {
-      const int64_t rows = op.p - m < kRowChunk ? op.p - m : kRowChunk;
+    for_chunks(op.p, begin, end, [&](int64_t m, int64_t rows) {
       shrink<float, T>(op.wide.as<const T>() + m * op.wide.row, op.wide.row, rows, op.p - m - rows, op.q, nullptr, 0,
                        down, 1.0f, op.left.as<float>() + m * op.r, op.r);
-    }
+    });
   });
 }
 

@@ -351,4 +351,7 @@ OP = Op(
     "multi_low_rank", _run, _reference, samples, draw=draw,
     frozen=("weight", "bias"), rows=("x", "index", "base_out"),
     compiled=("per-sequence-bias", "dropout-ranks-1-to-70", "onto-base"),
+    # Triton sums f32 products in chains of 16, and all of db has the roundings of h in common: where an adapter has few
+    # rows they do not average out. Seen on an H200, for rank 1 and 9 rows: 2.14 times PyTorch's error.
+    factor=3.0,
 )  # fmt: skip
