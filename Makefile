@@ -48,8 +48,8 @@ $(VENV)/.dev: $(VENV)/.package $(VENV)/.backbone
 demo: $(VENV)/.package $(VENV)/.backbone
 	$(OFFLINE) $(BIN)/peftkern demo --out "$(OUT)" $(if $(DATA),--data "$(DATA)") $(if $(TEXT),--text "$(TEXT)")
 
-# Twice: the second process runs the Triton kernels through the interpreter, on the tests that hold for every op; the whole of tests/ops takes it over
-# half an hour (make test-triton). ARGS may select none of them.
+# Twice: the second process runs the Triton kernels through the interpreter, on the tests that hold for every op and on the sort of rows; the whole of
+# tests/ops takes it a quarter of an hour (make test-triton). ARGS may select none of them.
 test: $(VENV)/.dev
 	$(OFFLINE) $(PYTEST) $(ARGS)
 	$(OFFLINE) TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_all_ops.py tests/ops/test_plans.py tests/kernels/test_sort.py $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]

@@ -24,6 +24,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _MOST_PLANS = 4096
 #: Bytes that the parts of a workspace are aligned to.
 _ALIGNED = 256
+#: In the place of a plan: this kind has been called once, and may never be again.
+_CALLED: Any = object()
 _ALLOCATIONS = frozenset(
     getattr(torch.ops.aten, name) for name in ("empty", "empty_strided", "empty_like", "new_empty")
 )
@@ -98,7 +100,7 @@ def planned(function: _Function) -> _Function:
     of the tensors share memory. It allocates, views and launches; it returns new tensors that are whole allocations, or
     None. Where it does something else it is always called itself, as it is under a profiler, which hears of launches.
     """
-    plans: dict[tuple[Any, ...], _Plan | int | None] = {}
+    plans: dict[tuple[Any, ...], _Plan | None] = {}  # None where there can be none
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -118,20 +120,19 @@ def planned(function: _Function) -> _Function:
         if like is None:
             return function(*args)
         key = tuple(kind)
-        plan = plans.get(key, 0)
+        plan = plans.get(key)
         if isinstance(plan, _Plan):
             return plan.repeat(like, addresses)
-        if plan is None:
-            return function(*args)
-        if plan == 0:
+        if plan is _CALLED:
+            with noting() as compiled:
+                result = function(*args)
+            plans[key] = _plan(function, args, like, compiled)
+            return result
+        if key not in plans:
             if len(plans) >= _MOST_PLANS:
                 plans.clear()
-            plans[key] = 1
-            return function(*args)
-        with noting() as compiled:
-            result = function(*args)
-        plans[key] = _plan(function, args, like, compiled)
-        return result
+            plans[key] = _CALLED
+        return function(*args)
 
     return call  # type: ignore[return-value]
 

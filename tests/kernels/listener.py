@@ -40,9 +40,10 @@ class Listener:
         return GPUTarget("cuda", 90, 32)
 
     @classmethod
-    def active(cls, monkeypatch: pytest.MonkeyPatch) -> Listener:
-        """Triton's driver for the length of a test, which nothing was compiled for before."""
-        found = cls()
+    def active(cls, monkeypatch: pytest.MonkeyPatch, kernel: Any) -> Listener:
+        """Triton's driver for the length of a test, for which `kernel` was never compiled."""
+        found, caches = cls(), kernel.device_caches
+        monkeypatch.setattr(kernel, "device_caches", type(caches)(caches.default_factory))
         monkeypatch.setattr(triton.runtime.driver, "_active", found)
         monkeypatch.setattr(_device, "_compiled", {})
         return found

@@ -30,8 +30,7 @@ def _kernel(x_ptr, out_ptr, other_ptr, rows, columns, scale, WITH: tl.constexpr,
 
 @pytest.fixture
 def listener(monkeypatch: pytest.MonkeyPatch) -> Listener:
-    monkeypatch.setattr(_kernel, "device_caches", type(_kernel.device_caches)(_kernel.device_caches.default_factory))
-    return Listener.active(monkeypatch)
+    return Listener.active(monkeypatch, _kernel)
 
 
 def calls() -> Iterator[tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]]:

@@ -47,8 +47,7 @@ def three_launches(x: Tensor, other: Tensor | None, scale: float) -> tuple[Tenso
 
 @pytest.fixture
 def listener(monkeypatch: pytest.MonkeyPatch) -> Listener:
-    monkeypatch.setattr(_kernel, "device_caches", type(_kernel.device_caches)(_kernel.device_caches.default_factory))
-    return Listener.active(monkeypatch)
+    return Listener.active(monkeypatch, _kernel)
 
 
 @pytest.fixture
@@ -60,8 +59,8 @@ def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def _arguments(columns: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, float]:
-    return torch.zeros(4, columns, dtype=dtype), torch.zeros(3, columns, dtype=dtype), 0.5
+def _arguments() -> tuple[Tensor, Tensor, float]:
+    return torch.zeros(4, 8), torch.zeros(3, 8), 0.5
 
 
 _POINTERS, _HOOKS = slice(9, 12), slice(6, 9)

@@ -70,7 +70,14 @@ def trainable(op: Op, kwargs: dict[str, Any]) -> list[str]:
 def trained(op: Op, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A copy whose adapter weights and inputs require grad."""
     names = trainable(op, kwargs)
-    return {k: v.detach().clone().requires_grad_(True) if k in names else v for k, v in kwargs.items()}
+    copy = {k: v.detach().clone().requires_grad_(True) if k in names else v for k, v in kwargs.items()}
+    return tied(kwargs, copy)
+
+
+def tied(kwargs: dict[str, Any], copy: dict[str, Any]) -> dict[str, Any]:
+    """`residual is x` must survive the copy: it selects the fused sequential form."""
+    same = kwargs.get("residual") is not None and kwargs["residual"] is kwargs["x"]
+    return copy | {"residual": copy["x"]} if same else copy
 
 
 def first(output: Any) -> torch.Tensor:

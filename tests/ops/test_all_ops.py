@@ -18,13 +18,7 @@ from peftkern.memory import saved_bytes
 from peftkern.ops._op import Op
 from peftkern.testing import assert_as_good_as_torch
 
-from .conftest import DTYPES, device_of, first, samples, skip_unless_runs, trainable, trained
-
-
-def _tied(kwargs: dict[str, Any], copy: dict[str, Any]) -> dict[str, Any]:
-    """`residual is x` must survive the copy: it selects the fused sequential form."""
-    tied = kwargs.get("residual") is not None and kwargs["residual"] is kwargs["x"]
-    return copy | {"residual": copy["x"]} if tied else copy
+from .conftest import DTYPES, device_of, first, samples, skip_unless_runs, tied, trainable, trained
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -41,14 +35,14 @@ def test_reference_passes_gradcheck(op: Op) -> None:
     for name, kwargs in op.samples(torch.device("cpu"), torch.float64):
         if 0 in first(op.reference(**kwargs)).shape:
             continue
-        copy = _tied(kwargs, trained(op, kwargs))
+        copy = trained(op, kwargs)
         leaves = {key: value for key, value in copy.items() if isinstance(value, Tensor) and value.requires_grad}
         keys = [key for key in leaves if key != "residual" or copy["residual"] is not copy["x"]]
         if kwargs.get("activation") == "relu":
             continue
 
         def run(*values: Tensor, keys: list[str] = keys, copy: dict[str, Any] = copy) -> Tensor:
-            return first(op.run(**_tied(copy, copy | dict(zip(keys, values, strict=True)))))
+            return first(op.run(**tied(copy, copy | dict(zip(keys, values, strict=True)))))
 
         assert torch.autograd.gradcheck(run, [leaves[key] for key in keys], fast_mode=True), name
 
@@ -58,7 +52,7 @@ def test_same_seed_same_bits(op: Op, backend: str) -> None:
     for name, kwargs in samples(op, backend, torch.float32):
         results = []
         for _ in range(2):
-            copy = _tied(kwargs, trained(op, kwargs))
+            copy = trained(op, kwargs)
             out = first(op.run(**copy))
             out.sum().backward()
             leaves = [v for v in copy.values() if isinstance(v, Tensor) and v.requires_grad and v.numel()]
@@ -73,7 +67,7 @@ def test_every_output_element_is_written(op: Op, backend: str) -> None:
     torch.use_deterministic_algorithms(True)
     try:
         for name, kwargs in samples(op, backend, torch.float32):
-            copy = _tied(kwargs, trained(op, kwargs))
+            copy = trained(op, kwargs)
             out = first(op.run(**copy))
             out.sum().backward()
             assert out.isfinite().all(), name
@@ -89,7 +83,7 @@ def test_inputs_are_left_alone(op: Op, backend: str) -> None:
     skip_unless_runs(op.name, backend)
     for name, kwargs in samples(op, backend, torch.float32):
         before = {k: v.clone() for k, v in kwargs.items() if isinstance(v, Tensor)}
-        copy = _tied(kwargs, trained(op, kwargs))
+        copy = trained(op, kwargs)
         first(op.run(**copy)).sum().backward()
         assert all(torch.equal(copy[key], value) for key, value in before.items()), name
 
@@ -97,7 +91,7 @@ def test_inputs_are_left_alone(op: Op, backend: str) -> None:
 def test_no_graph_gives_the_same_result(op: Op, backend: str) -> None:
     skip_unless_runs(op.name, backend)
     for name, kwargs in samples(op, backend, torch.float32):
-        with_graph = first(op.run(**_tied(kwargs, trained(op, kwargs)))).detach()
+        with_graph = first(op.run(**trained(op, kwargs))).detach()
         copies = {k: v.clone() if k == "base_out" else v for k, v in kwargs.items()}
         with torch.no_grad():
             assert torch.equal(first(op.run(**copies)), with_graph), name
@@ -112,8 +106,8 @@ def test_compiles_to_one_graph_without_recompiling(op: Op, backend: str) -> None
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(op.run, fullgraph=True, backend=counter)
         for rows in (2, 3, 5):
-            grown = _tied(kwargs, trained(op, _with_rows(op, kwargs, rows)))
-            again = _tied(kwargs, {k: _leaf(v) for k, v in grown.items()})
+            grown = tied(kwargs, trained(op, _with_rows(op, kwargs, rows)))
+            again = tied(kwargs, {k: _leaf(v) for k, v in grown.items()})
             given = [again[key] for key in op.rows if isinstance(again.get(key), Tensor)]
             for value in {id(value): value for value in given}.values():
                 torch._dynamo.mark_dynamic(value, 0)
@@ -140,7 +134,7 @@ def test_opcheck(op: Op, backend: str) -> None:
             continue
         module._differentiable = lambda *args: recorded.append(args) or original(*args)  # type: ignore[union-attr, func-returns-value]
         try:
-            op.run(**_tied(kwargs, trained(op, kwargs)))
+            op.run(**trained(op, kwargs))
         finally:
             module._differentiable = original  # type: ignore[union-attr]
     assert recorded
@@ -157,13 +151,13 @@ def test_gradient_checkpointing_replays_dropout(op: Op, backend: str, reentrant:
         kwargs = kwargs | ({"seed": None} if "seed" in kwargs else {})
         grads = []
         for checkpointed in (False, True):
-            copy = _tied(kwargs, trained(op, kwargs))
+            copy = trained(op, kwargs)
             torch.manual_seed(3)
             main = next(v for v in copy.values() if isinstance(v, Tensor) and v.requires_grad)
             key = next(k for k, v in copy.items() if v is main)
 
             def run(value: Tensor, copy: dict[str, Any] = copy, key: str = key) -> Tensor:
-                return first(op.run(**_tied(copy, copy | {key: value})))
+                return first(op.run(**tied(copy, copy | {key: value})))
 
             out = checkpoint(run, main, use_reentrant=reentrant) if checkpointed else run(main)
             out.square().sum().backward()
@@ -196,7 +190,7 @@ def test_explain_names_the_backend_that_a_call_takes(
 
     for name, kwargs in op.samples(torch.device("cpu"), dtype):
         for autocast, grad in ((False, False), (True, False), (False, True)):
-            given = _tied(kwargs, trained(op, kwargs)) if grad else kwargs
+            given = trained(op, kwargs) if grad else kwargs
             state = torch.random.get_rng_state()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 told = pk.explain(op.name, **given)
