@@ -26,6 +26,8 @@ _Rows = dict[int, Tile]
 _TILES: dict[tuple[str, bool], _Rows] = {
     ("forward", True): {64: Tile(128, 32, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     ("forward", False): {64: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
+    ("few", True): {64: Tile(16, 128, 4, 3), 128: Tile(16, 64, 4, 3), 256: Tile(16, 32, 4, 3)},
+    ("few", False): {64: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
     ("queries", True): {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
     ("queries", False): {64: Tile(16, 16, 8, 2), 256: Tile(16, 16, 8, 2)},
     ("keys", True): {64: Tile(64, 64, 8, 1), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
@@ -34,11 +36,12 @@ _TILES: dict[tuple[str, bool], _Rows] = {
 
 # Where an architecture's registers or instructions want another row than the one above: with these nothing spills.
 _OVERRIDES: dict[tuple[str, str, bool], _Rows] = {
-    ("sm80", "forward", True): {128: Tile(128, 32, 8, 2)},
+    ("sm80", "forward", True): {64: Tile(64, 32, 8, 3), 128: Tile(128, 32, 8, 2)},
     ("sm80", "queries", True): {64: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
     ("sm80", "keys", True): {64: Tile(64, 32, 8, 2)},
     ("sm100", "keys", True): {64: Tile(32, 64, 8, 2)},
     ("gfx942", "forward", True): {128: Tile(128, 32, 8, 2)},
+    ("gfx942", "few", True): {128: Tile(16, 64, 4, 2)},
     ("gfx942", "queries", True): {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
     ("gfx942", "keys", True): {64: Tile(32, 64, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 8, 1)},
 }
@@ -46,17 +49,17 @@ _OVERRIDES: dict[tuple[str, str, bool], _Rows] = {
 
 @functools.cache
 def tile(name: str, half: bool, width: int, arch: str) -> Tile:
-    """Tile of a pass ("forward", "queries", "keys") for heads of this width, 16-bit or not, on an architecture."""
+    """Tile of a pass ("forward", "few", "queries", "keys") for heads of this width, on an architecture."""
     rows = _TILES[name, half] | _OVERRIDES.get((arch, name, half), {})
     return rows[min(limit for limit in rows if width <= limit)]
 
 
 @triton.jit
 def mask_at(mask_ptr, b, h, offs_m, stride_mb, stride_mh, stride_ms, MASK: tl.constexpr):
-    """[BLOCK_M, 1] pointers to the queries' rows of the mask of one head; what came where there is no mask."""
+    """[BLOCK_M, 1] pointers to the queries' rows of the mask, of one head or of h [BLOCK_M]; none without a mask."""
     mask_rows = mask_ptr
     if MASK != 0:
-        mask_rows = mask_ptr + b * stride_mb + h * stride_mh + offs_m.to(tl.int64)[:, None] * stride_ms
+        mask_rows = mask_ptr + b * stride_mb + (h * stride_mh + offs_m.to(tl.int64) * stride_ms)[:, None]
     return mask_rows
 
 
@@ -112,6 +115,7 @@ def walk(
     S,
     N,
     D,
+    begin,
     end,
     first_column,
     stride_kn,
@@ -121,12 +125,16 @@ def walk(
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Online softmax over keys [0, end) of one part: (sum of weighted values, highest score, sum of weights)."""
-    for start in range(0, end, BLOCK_N):
+    """Online softmax over keys [begin, end) of one part: (sum of weighted values, highest score, sum of weights).
+
+    SPLIT: these may be the first keys that a query meets, and it may see none of them.
+    """
+    for start in range(begin, end, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         s = scores_tile(
             q, k_rows, mask_rows, offs_m, offs_n, offs_d, S, N, D, stride_kn, scale, CAUSAL, MASK, PRECISION, BLOCK_M,
@@ -134,8 +142,9 @@ def walk(
         )  # fmt: skip
         v = load_rows(v_rows, stride_vn, offs_n, offs_n < N, offs_d, D)
         higher = tl.maximum(top, tl.max(s, 1))
-        fade = tl.exp(top - higher)
-        p = tl.exp(s - higher[:, None])
+        shift = tl.where(higher == float("-inf"), 0.0, higher) if SPLIT else higher
+        fade = tl.exp(top - shift)
+        p = tl.exp(s - shift[:, None])
         total = total * fade + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(keep_mask_at(key1, key2, first_column + offs_n, threshold), p, 0.0)

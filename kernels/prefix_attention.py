@@ -1,5 +1,8 @@
 """Triton backend of prefix_attention: one walk over the prefix, then over the text, with online softmax.
 
+The queries of all heads that share keys are rows of one matrix, so that a decoding step reads its keys once; where few
+rows are too few programs for the device, the text is split among several, whose results are merged.
+
 q [B, Hq, S, D], k and v [B, Hkv, L, D], pk and pv [B, Hkv, T, D] (expanded over the batch), D <= 256, unit stride
 along D; products and sums in f32. Backward makes the weights again from each query's highest score and sum: a pass over
 queries (dq), one over keys (dk, dv), and the same over the prefix of each batch row, whose sum over the batch is left
@@ -35,11 +38,19 @@ def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
     return refuse_common(device, dtype, **dims)
 
 
+#: Blocks of keys that a split of the text has at least, and rows that a program merges.
+_SPLIT_BLOCKS, _MERGED_ROWS = 4, 4
+
+
 def _tile(name: str, q: Tensor) -> Tile:
     return tile(name, q.dtype != torch.float32, q.shape[3], device_of(q).arch)
 
 
-@triton.jit(do_not_specialize=["S", "L", "T", "threshold"])
+def _width(q: Tensor) -> int:
+    return max(16, next_power_of_2(q.shape[3]))
+
+
+@triton.jit(do_not_specialize=["S", "L", "T", "keys_per_split", "threshold"])
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -51,7 +62,7 @@ def forward_kernel(
     top_ptr,
     sum_ptr,
     seed_ptr,
-    Hq,
+    Hkv,
     GROUP,
     S,
     L,
@@ -75,50 +86,94 @@ def forward_kernel(
     stride_mb,
     stride_mh,
     stride_ms,
+    keys_per_split,
     scale,
     inv_keep,
     threshold,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out [B, Hq, S, D], top and sum [B, Hq, S], all contiguous, of one block of queries of one head."""
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """out [B, Hq, S, D], top and sum [B, Hq, S], all contiguous, of one block of the queries of one key head.
+
+    SPLIT: each of these [splits, ...], of keys_per_split keys, the first split with the prefix; out in f32, not divided
+    by the sum.
+    """
+    first = tl.program_id(0) * BLOCK_M
+    offs = first + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    b = (tl.program_id(1) // Hq).to(tl.int64)
-    h = (tl.program_id(1) % Hq).to(tl.int64)
-    kvh = h // GROUP
-    row = (b * Hq + h) * S + offs_m
-    q = load_rows(q_ptr + b * stride_qb + h * stride_qh, stride_qs, offs_m, offs_m < S, offs_d, D)
+    b = (tl.program_id(1) // Hkv).to(tl.int64)
+    kvh = (tl.program_id(1) % Hkv).to(tl.int64)
+    inside = offs < GROUP * S
+    h = kvh * GROUP + offs // S
+    offs_m = tl.where(inside, offs % S, S)
+    row = tl.program_id(1).to(tl.int64) * GROUP * S + offs
+    q = load_rows(q_ptr + b * stride_qb, 1, h * stride_qh + offs_m.to(tl.int64) * stride_qs, inside, offs_d, D)
     key1, key2 = row_keys(seed_ptr, row, DROPOUT)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
+    begin = 0
+    end = L
+    prefix_end = T
+    if CAUSAL:
+        end = min(S, first % S + BLOCK_M) + L - S
+    if SPLIT:
+        begin = tl.program_id(2) * keys_per_split
+        end = min(end, begin + keys_per_split)
+        prefix_end = tl.where(tl.program_id(2) == 0, T, 0)
     # The prefix comes first: its scores are finite, so that a query without text never subtracts -inf from -inf.
     acc, top, total = walk(
         q, pk_ptr + b * stride_pkb + kvh * stride_pkh, pv_ptr + b * stride_pvb + kvh * stride_pvh, mask_ptr,
-        acc, top, total, key1, key2, offs_m, offs_d, S, T, D, T, 0, stride_pkn, stride_pvn, scale, threshold,
-        False, 0, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
+        acc, top, total, key1, key2, offs_m, offs_d, S, T, D, 0, prefix_end, 0, stride_pkn, stride_pvn, scale,
+        threshold, False, 0, DROPOUT, False, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    end = L
-    if CAUSAL:
-        end = min(L, (tl.program_id(0) + 1) * BLOCK_M + L - S)
     mask_rows = mask_at(mask_ptr, b, h, offs_m, stride_mb, stride_mh, stride_ms, MASK)
     acc, top, total = walk(
         q, k_ptr + b * stride_kb + kvh * stride_kh, v_ptr + b * stride_vb + kvh * stride_vh, mask_rows,
-        acc, top, total, key1, key2, offs_m, offs_d, S, L, D, end, T, stride_kn, stride_vn, scale, threshold,
-        CAUSAL, MASK, DROPOUT, PRECISION, BLOCK_M, BLOCK_N,
+        acc, top, total, key1, key2, offs_m, offs_d, S, L, D, begin, end, T, stride_kn, stride_vn, scale,
+        threshold, CAUSAL, MASK, DROPOUT, SPLIT, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    acc = acc * (inv_keep / total)[:, None]
-    mask_md = (offs_m < S)[:, None] & (offs_d < D)[None, :]
+    if SPLIT:
+        row += tl.program_id(2).to(tl.int64) * tl.num_programs(1) * GROUP * S
+        acc *= inv_keep
+    else:
+        acc *= (inv_keep / total)[:, None]
+    mask_md = inside[:, None] & (offs_d < D)[None, :]
     tl.store(out_ptr + row[:, None] * D + offs_d[None, :], round_to(acc, out_ptr.dtype.element_ty), mask=mask_md)
     # Apart: exp(score - log-sum-exp) would lose the digits that the score has before the point.
-    tl.store(top_ptr + row, top, mask=offs_m < S)
-    tl.store(sum_ptr + row, total, mask=offs_m < S)
+    tl.store(top_ptr + row, top, mask=inside)
+    tl.store(sum_ptr + row, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def merge_kernel(
+    parts_ptr, tops_ptr, sums_ptr, out_ptr, top_ptr, sum_ptr, rows, D, splits, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out [rows, D], top and sum [rows] of what `forward_kernel` left of every split, in the order of the splits."""
+    row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = row < rows
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    for split in range(splits):
+        top = tl.maximum(top, tl.load(tops_ptr + split * rows + row, mask=inside, other=0.0))
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for split in range(splits):
+        at = split * rows + row
+        share = tl.exp(tl.load(tops_ptr + at, mask=inside, other=0.0) - top)
+        total += share * tl.load(sums_ptr + at, mask=inside, other=1.0)
+        acc += share[:, None] * load_rows(parts_ptr, D, at, inside, offs_d, D)
+    out = round_to(acc / total[:, None], out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row[:, None] * D + offs_d[None, :], out, mask=inside[:, None] & (offs_d < D)[None, :])
+    tl.store(top_ptr + row, top, mask=inside)
+    tl.store(sum_ptr + row, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["S", "L", "T", "threshold"])
@@ -236,14 +291,14 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _launch(
-    kernel: Any, grid: tuple[int, ...], t: Tile, q: Tensor, m: _Mask, drop: Dropout, scale: float, *args: Any
-) -> None:
-    """With the arguments that all passes end with."""
+    kernel: Any, grid: tuple[int, ...], t: Tile, q: Tensor, m: _Mask, drop: Dropout, scale: float, *args: Any,
+    **own: bool,
+) -> None:  # fmt: skip
+    """With the arguments that all passes end with, and constexprs that are this one's own."""
     launch(
         kernel, grid, *args, float(scale), drop.inv_keep, drop.threshold,
-        CAUSAL=m.causal, MASK=m.kind, DROPOUT=drop.mode, PRECISION=precision(q.dtype, q.dtype),
-        BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=max(16, next_power_of_2(q.shape[3])),
-        num_warps=t.num_warps, num_stages=t.num_stages,
+        CAUSAL=m.causal, MASK=m.kind, DROPOUT=drop.mode, PRECISION=precision(q.dtype, q.dtype), **own,
+        BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_D=_width(q), num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
 
 
@@ -261,16 +316,34 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, Hq, S, D] in q's dtype; highest score and sum of exp(score - it) of each query, [2, B, Hq, S] f32)."""
-    (b, hq, s, d), t = q.shape, _tile("forward", q)
+    (b, hq, s, d), (hkv, length) = q.shape, k.shape[1:3]
     out = torch.empty((b, hq, s, d), dtype=q.dtype, device=q.device)
     norm = torch.empty((2, b, hq, s), dtype=torch.float32, device=q.device)
-    drop, m = dropout_args(p, seed), _mask_of(causal, mask)
+    drop, m, rows = dropout_args(p, seed), _mask_of(causal, mask), hq // hkv * s
+    few = _tile("few", q)
+    t = few if rows <= few.block_m else _tile("forward", q)
+    programs = cdiv(rows, t.block_m) * b * hkv
+    blocks = cdiv(length, t.block_n)
+    splits = max(1, min(cdiv(device_of(q).processors, programs), blocks // _SPLIT_BLOCKS)) if t is few else 1
+    per_split = cdiv(blocks, splits)
+    splits = max(1, cdiv(blocks, per_split)) if blocks else 1
+    parts, tops, sums = out, norm[0], norm[1]
+    if splits > 1:
+        parts = torch.empty((splits, b, hq, s, d), dtype=torch.float32, device=q.device)
+        tops, sums = torch.empty((2, splits, b, hq, s), dtype=torch.float32, device=q.device)
     with on_device(q):
         _launch(
-            forward_kernel, (cdiv(s, t.block_m), b * hq), t, q, m, drop, scale,
-            q, k, v, pk, pv, m.data, out, norm[0], norm[1], drop.seed,
-            hq, hq // k.shape[1], s, k.shape[2], pk.shape[2], d, *_strides(q, k, v, pk, pv), *m.strides,
+            forward_kernel, (cdiv(rows, t.block_m), b * hkv, splits), t, q, m, drop, scale,
+            q, k, v, pk, pv, m.data, parts, tops, sums, drop.seed,
+            hkv, hq // hkv, s, length, pk.shape[2], d, *_strides(q, k, v, pk, pv), *m.strides, per_split * t.block_n,
+            SPLIT=splits > 1,
         )  # fmt: skip
+        if splits > 1:
+            launch(
+                merge_kernel, (cdiv(b * hq * s, _MERGED_ROWS),),
+                parts, tops, sums, out, norm[0], norm[1], b * hq * s, d, splits,
+                BLOCK_M=_MERGED_ROWS, BLOCK_D=_width(q), num_warps=4,
+            )  # fmt: skip
     return out, norm
 
 
@@ -330,6 +403,11 @@ def _aot_calls() -> Iterator[tuple[str, Callable[[], object]]]:
         (2, 8, 8, 128, 128, 20, 64, f32, "bool", 0.1),
         (2, 8, 8, 128, 128, 20, 128, f32, "causal", 0.0),
         (1, 4, 2, 33, 35, 5, 40, bf16, "float", 0.0),
+        (32, 32, 8, 1, 2048, 20, 128, bf16, "causal", 0.0),
+        (1, 32, 8, 1, 2048, 20, 128, bf16, "bool", 0.0),
+        (1, 16, 16, 4, 2048, 20, 64, f16, "causal", 0.1),
+        (1, 8, 4, 1, 2048, 20, 256, bf16, "causal", 0.0),
+        (1, 8, 4, 1, 2048, 20, 128, f32, "causal", 0.0),
     ]
     for b, hq, hkv, s, length, t, d, dtype, mask, p in cases:
         name = f"prefix_attention B{b} H{hq}/{hkv} S{s} L{length} T{t} D{d} {dtype} {mask} p{p}".replace("torch.", "")
@@ -349,4 +427,5 @@ def _aot_call(
         mask = meta(b, 1, s, length, dtype=torch.bool if kind == "bool" else torch.float32).expand(b, hq, s, length)
     seed = meta(1, dtype=torch.int64) if p else None
     out, norm = forward(q, k, v, pk, pv, mask, kind == "causal", d**-0.5, p, seed)
-    backward(meta(b, hq, s, d), q, k, v, pk, pv, mask, out, norm, kind == "causal", d**-0.5, p, seed)
+    if s > 1:  # a decoding step has no backward
+        backward(meta(b, hq, s, d), q, k, v, pk, pv, mask, out, norm, kind == "causal", d**-0.5, p, seed)

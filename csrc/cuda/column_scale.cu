@@ -8,8 +8,9 @@ namespace {
 
 constexpr int kRowsPerThread = 4;
 constexpr int64_t kMostRowBlocks = 65535;  // the grid's y dimension ends there; kernels stride beyond
-constexpr int64_t kFewestRowsPerSplit = 64;
-constexpr int64_t kProgramsPerProcessor = 4;
+constexpr int64_t kFewestRowsPerSplit = 16;
+constexpr int kProgramsPerProcessor = 2;
+constexpr int kReduceWarps = 32;
 
 // Column strides are 1; the others in elements.
 template <class T>
@@ -26,11 +27,6 @@ struct Scale {
     return type == 1 ? to_float(static_cast<const __nv_bfloat16*>(data)[c])
                      : to_float(static_cast<const __half*>(data)[c]);
   }
-};
-
-template <class T, int WIDTH>
-struct alignas(sizeof(T) * WIDTH) Pack {
-  T value[WIDTH];
 };
 
 // WIDTH neighbouring columns, all of them inside: WIDTH divides C.
@@ -58,8 +54,9 @@ __global__ void scale_kernel(Matrix<const T> x, Scale scale, Matrix<T> y, int64_
 // partial[split, c] = sum of dy * x over the split's rows: a thread its own rows in order, then the threads of a column
 // in order; and dx = dy * s where dx is wanted.
 template <class T, int WIDTH>
-__global__ void backward_kernel(Matrix<const T> dy, Matrix<const T> x, Scale scale, Matrix<T> dx, float* partial,
-                                int64_t M, int64_t C, int64_t rows_per_split) {
+__global__ void __launch_bounds__(kThreads, kProgramsPerProcessor)
+    backward_kernel(Matrix<const T> dy, Matrix<const T> x, Scale scale, Matrix<T> dx, float* partial, int64_t M,
+                    int64_t C, int64_t rows_per_split) {
   extern __shared__ float sums[];  // [blockDim.y, blockDim.x * WIDTH]
   const int64_t c = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * WIDTH;
   const bool inside = c < C;
@@ -67,14 +64,21 @@ __global__ void backward_kernel(Matrix<const T> dy, Matrix<const T> x, Scale sca
   for (int i = 0; i < WIDTH; ++i) acc[i] = 0.0f, s[i] = inside ? scale.at(c + i) : 0.0f;
   const int64_t first = static_cast<int64_t>(blockIdx.y) * rows_per_split;
   const int64_t end = first + rows_per_split < M ? first + rows_per_split : M;
-  if (inside) {
-#pragma unroll 2
-    for (int64_t m = first + threadIdx.y; m < end; m += blockDim.y) {
-      const Pack<T, WIDTH> d = load<WIDTH>(dy, m, c), v = load<WIDTH>(x, m, c);
+  for (int64_t m0 = first + threadIdx.y; inside && m0 < end; m0 += kRowsPerThread * blockDim.y) {
+    Pack<T, WIDTH> d[kRowsPerThread], v[kRowsPerThread];
+#pragma unroll
+    for (int k = 0; k < kRowsPerThread; ++k) {
+      const int64_t m = m0 + k * static_cast<int64_t>(blockDim.y);
+      if (m < end) d[k] = load<WIDTH>(dy, m, c), v[k] = load<WIDTH>(x, m, c);
+    }
+#pragma unroll
+    for (int k = 0; k < kRowsPerThread; ++k) {
+      const int64_t m = m0 + k * static_cast<int64_t>(blockDim.y);
+      if (m >= end) break;
       Pack<T, WIDTH> out;
       for (int i = 0; i < WIDTH; ++i) {
-        acc[i] += to_float(d.value[i]) * to_float(v.value[i]);
-        from_float(to_float(d.value[i]) * s[i], &out.value[i]);
+        acc[i] += to_float(d[k].value[i]) * to_float(v[k].value[i]);
+        from_float(to_float(d[k].value[i]) * s[i], &out.value[i]);
       }
       if (dx.data) *reinterpret_cast<Pack<T, WIDTH>*>(dx.data + m * dx.row + c) = out;
     }
@@ -92,12 +96,22 @@ __global__ void backward_kernel(Matrix<const T> dy, Matrix<const T> x, Scale sca
   }
 }
 
+// out[c] = sum of partial[split, c]: each warp of a block its share of the splits in order, then the warps in order.
 __global__ void reduce_kernel(const float* partial, int64_t splits, int64_t C, float* out) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; c < C; c += stride) {
+  __shared__ float sums[kReduceWarps][kWarp];
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarp;
+  for (int64_t c0 = static_cast<int64_t>(blockIdx.x) * kWarp; c0 < C; c0 += stride) {
+    const int64_t c = c0 + threadIdx.x;
     float sum = 0.0f;
-    for (int64_t i = 0; i < splits; ++i) sum += partial[i * C + c];
-    out[c] = sum;
+#pragma unroll 8
+    for (int64_t i = threadIdx.y; c < C && i < splits; i += kReduceWarps) sum += partial[i * C + c];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && c < C) {
+      for (int w = 1; w < kReduceWarps; ++w) sum += sums[w][threadIdx.x];
+      out[c] = sum;
+    }
+    __syncthreads();
   }
 }
 
@@ -176,9 +190,8 @@ void column_scale_forward(const Tensor& x, const Tensor& s, const Tensor& y) {
 
 // Splits of the rows: enough programs to fill the device, each with rows enough for its partial sums to cost little.
 int64_t row_splits(int64_t m, unsigned column_blocks, int device) {
-  int processors = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  const int64_t wanted = kProgramsPerProcessor * processors / column_blocks, affordable = m / kFewestRowsPerSplit;
+  const int64_t wanted = kProgramsPerProcessor * processors_of(device) / column_blocks;
+  const int64_t affordable = m / kFewestRowsPerSplit;
   const int64_t splits = wanted < affordable ? wanted : affordable;
   return splits < 1 ? 1 : splits < kMostRowBlocks ? splits : kMostRowBlocks;
 }
@@ -195,7 +208,8 @@ void launch_backward(Matrix<const T> dy, Matrix<const T> x, const Scale& s, Matr
   backward_kernel<T, WIDTH><<<grid, by.threads, shared, stream>>>(dy, x, s, dx, data<float>(partial), m, c, rows);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (splits == 1) return;
-  reduce_kernel<<<blocks_for(c, kThreads), kThreads, 0, stream>>>(data<float>(partial), splits, c, data<float>(ds));
+  const dim3 threads(kWarp, kReduceWarps);
+  reduce_kernel<<<blocks_for(c, kWarp), threads, 0, stream>>>(data<float>(partial), splits, c, data<float>(ds));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

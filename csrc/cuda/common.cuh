@@ -32,6 +32,18 @@ __device__ inline void from_float(float x, float* out) { *out = x; }
 __device__ inline void from_float(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
 __device__ inline void from_float(float x, __half* out) { *out = __float2half_rn(x); }
 
+// WIDTH neighbouring elements, read and written 16 bytes at a time.
+template <class T, int WIDTH>
+struct alignas(sizeof(T) * WIDTH < kVectorBytes ? sizeof(T) * WIDTH : kVectorBytes) Pack {
+  T value[WIDTH];
+};
+
+inline int64_t processors_of(int device) {
+  int count = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 class CudaCheck : public Check {
  public:
   using Check::Check;

@@ -32,12 +32,12 @@ __device__ void load_piece(const T* from, float (&to)[kPiece]) {
   for (int i = 0; i < kPiece; ++i) to[i] = to_float(values[i]);
 }
 
-// This block's rows of the adapter, those of its group blockIdx.z of kRows, into `rows`, and how many. All threads of
-// the block call it; it ends in a barrier.
-__device__ int find_rows(const Problem& op, int64_t adapter, int64_t* rows) {
+// The adapter's rows number kRows * group and following into `rows`, and how many, at most kRows. All threads of the
+// block call it; it ends in a barrier.
+__device__ int find_rows(const Problem& op, int64_t adapter, int64_t group, int64_t* rows) {
   __shared__ int found;
   if (threadIdx.x < kWarp) {
-    int place = -static_cast<int>(blockIdx.z) * kRows;  // of the next row that is found
+    int place = -static_cast<int>(group) * kRows;  // of the next row that is found
     for (int64_t m = 0; m < op.m && place < kRows; m += kWarp) {
       const int64_t mine = m + threadIdx.x;
       const bool is_mine = mine < op.m && op.index[mine / op.per_entry] == adapter;
@@ -52,6 +52,17 @@ __device__ int find_rows(const Problem& op, int64_t adapter, int64_t* rows) {
   return found;
 }
 
+// Runs f(count) for every group blockIdx.z + i * gridDim.z of the adapter's rows, which are then in `rows`.
+template <class F>
+__device__ void for_groups(const Problem& op, int64_t adapter, int64_t* rows, const F& f) {
+  int count = kRows;
+  for (int64_t group = blockIdx.z; count == kRows && group * kRows < op.m; group += gridDim.z) {
+    count = find_rows(op, adapter, group, rows);
+    if (count > 0) f(count);
+    __syncthreads();
+  }
+}
+
 // h[m, r] = x[m] . A_i[r]: a block a rank, which reads its row of A_i once for up to kRows rows of x; its warps share
 // K.
 template <class T, class P, bool VECTOR>
@@ -63,40 +74,41 @@ __global__ void shrink_kernel(Problem op, const T* x, float* h) {
   if (rank >= cell[2]) return;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const P* a = reinterpret_cast<const P*>(cell[0]) + rank * op.k;
-  const int count = find_rows(op, adapter, rows);
-  if (count == 0) return;
-  float acc[kRows] = {};
-  if constexpr (VECTOR) {
-    for (int64_t c = static_cast<int64_t>(threadIdx.x) * kPiece; c < op.k; c += kThreads * kPiece) {
-      float w[kPiece];
-      load_piece(a + c, w);
+  for_groups(op, adapter, rows, [&](int count) {
+    float acc[kRows] = {};
+    if constexpr (VECTOR) {
+      for (int64_t c = static_cast<int64_t>(threadIdx.x) * kPiece; c < op.k; c += kThreads * kPiece) {
+        float w[kPiece];
+        load_piece(a + c, w);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        if (i >= count) break;
-        float v[kPiece];
-        load_piece(x + rows[i] * op.stride_x + c, v);
+        for (int i = 0; i < kRows; ++i) {
+          if (i >= count) break;
+          float v[kPiece];
+          load_piece(x + rows[i] * op.stride_x + c, v);
 #pragma unroll
-        for (int j = 0; j < kPiece; ++j) acc[i] += v[j] * w[j];
+          for (int j = 0; j < kPiece; ++j) acc[i] += v[j] * w[j];
+        }
+      }
+    } else {
+      for (int64_t c = threadIdx.x; c < op.k; c += kThreads) {
+        const float w = to_float(a[c]);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+          if (i < count) acc[i] += to_float(x[rows[i] * op.stride_x + c]) * w;
       }
     }
-  } else {
-    for (int64_t c = threadIdx.x; c < op.k; c += kThreads) {
-      const float w = to_float(a[c]);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i)
-        if (i < count) acc[i] += to_float(x[rows[i] * op.stride_x + c]) * w;
+    for (int i = 0; i < kRows; ++i) {
+      for (int step = kWarp / 2; step > 0; step /= 2) acc[i] += __shfl_xor_sync(0xffffffffu, acc[i], step);
+      if (lane == 0) sums[warp][i] = acc[i];
     }
-  }
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    for (int step = kWarp / 2; step > 0; step /= 2) acc[i] += __shfl_xor_sync(0xffffffffu, acc[i], step);
-    if (lane == 0) sums[warp][i] = acc[i];
-  }
-  __syncthreads();
-  if (threadIdx.x >= static_cast<unsigned>(count)) return;
-  float sum = 0.0f;
-  for (int w = 0; w < kWarps; ++w) sum += sums[w][threadIdx.x];
-  h[rows[threadIdx.x] * op.most + rank] = sum;
+    __syncthreads();
+    if (threadIdx.x < static_cast<unsigned>(count)) {
+      float sum = 0.0f;
+      for (int w = 0; w < kWarps; ++w) sum += sums[w][threadIdx.x];
+      h[rows[threadIdx.x] * op.most + rank] = sum;
+    }
+  });
 }
 
 // y[m, n] += s_i * (h[m] . B_i[n]): a thread a column n, which reads its row of B_i once for up to kRows rows of y.
@@ -109,45 +121,45 @@ __global__ void expand_kernel(Problem op, const float* h, T* y) {
   const int64_t rank = cell[2], n = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
   const float scale = __int_as_float(static_cast<int>(cell[4]));
   const P* b = reinterpret_cast<const P*>(cell[1]) + n * rank;
-  const int count = find_rows(op, adapter, rows);
-  if (count == 0) return;
-  float acc[kRows] = {};
-  for (int64_t r0 = 0; r0 < rank; r0 += kRankChunk) {
-    const int width = static_cast<int>(rank - r0 < kRankChunk ? rank - r0 : kRankChunk);
-    __syncthreads();
-    for (int i = threadIdx.x; i < count * kRankChunk; i += kThreads) {
-      const int row = i / kRankChunk, r = i % kRankChunk;
-      chunk[row][r] = r < width ? h[rows[row] * op.most + r0 + r] : 0.0f;
-    }
-    __syncthreads();
-    if (n >= op.n) continue;
-    if constexpr (VECTOR) {
-      for (int r = 0; r < width; r += kPiece) {
-        float w[kPiece];
-        load_piece(b + r0 + r, w);
+  for_groups(op, adapter, rows, [&](int count) {
+    float acc[kRows] = {};
+    for (int64_t r0 = 0; r0 < rank; r0 += kRankChunk) {
+      const int width = static_cast<int>(rank - r0 < kRankChunk ? rank - r0 : kRankChunk);
+      __syncthreads();
+      for (int i = threadIdx.x; i < count * kRankChunk; i += kThreads) {
+        const int row = i / kRankChunk, r = i % kRankChunk;
+        chunk[row][r] = r < width ? h[rows[row] * op.most + r0 + r] : 0.0f;
+      }
+      __syncthreads();
+      if (n >= op.n) continue;
+      if constexpr (VECTOR) {
+        for (int r = 0; r < width; r += kPiece) {
+          float w[kPiece];
+          load_piece(b + r0 + r, w);
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          if (i >= count) break;
+          for (int i = 0; i < kRows; ++i) {
+            if (i >= count) break;
 #pragma unroll
-          for (int j = 0; j < kPiece; ++j) acc[i] += chunk[i][r + j] * w[j];
+            for (int j = 0; j < kPiece; ++j) acc[i] += chunk[i][r + j] * w[j];
+          }
+        }
+      } else {
+        for (int r = 0; r < width; ++r) {
+          const float w = to_float(b[r0 + r]);
+#pragma unroll
+          for (int i = 0; i < kRows; ++i)
+            if (i < count) acc[i] += chunk[i][r] * w;
         }
       }
-    } else {
-      for (int r = 0; r < width; ++r) {
-        const float w = to_float(b[r0 + r]);
-#pragma unroll
-        for (int i = 0; i < kRows; ++i)
-          if (i < count) acc[i] += chunk[i][r] * w;
-      }
     }
-  }
-  if (n >= op.n) return;
+    if (n >= op.n) return;
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    if (i >= count) break;
-    T* to = y + rows[i] * op.n + n;
-    from_float(to_float(*to) + scale * acc[i], to);
-  }
+    for (int i = 0; i < kRows; ++i) {
+      if (i >= count) break;
+      T* to = y + rows[i] * op.n + n;
+      from_float(to_float(*to) + scale * acc[i], to);
+    }
+  });
 }
 
 // ---- host
@@ -170,7 +182,8 @@ void run(const Problem& op, int64_t adapters, bool vector_k, bool vector_r, cons
   float* latent = data<float>(h);
   T* to = data<T>(y);
   const auto grid = [&](int64_t blocks) {
-    const int64_t groups = (op.m + kRows - 1) / kRows;
+    // As many groups at once as an adapter has with its even share of the rows, and one after another beyond.
+    const int64_t groups = (op.m + kRows * adapters - 1) / (kRows * adapters);
     return dim3(static_cast<unsigned>(adapters), static_cast<unsigned>(blocks), static_cast<unsigned>(groups));
   };
   const dim3 ranks = grid(op.most), columns = grid((op.n + kThreads - 1) / kThreads);

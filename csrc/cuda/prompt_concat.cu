@@ -12,139 +12,168 @@ struct Sizes {
 
 // ---- kernels
 
-// One block a row: start[b] is the first nonzero of mask[b], or 0; then mask, positions and labels of the new row.
-__global__ void rows_kernel(const int64_t* mask, const int64_t* labels, Sizes n, int64_t* start, int64_t* mask_out,
-                            int64_t* positions, int64_t* labels_out) {
+constexpr int kMasksAtOnce = 8;
+constexpr int kVectorsAtOnce = 4;
+constexpr int kBlocksPerProcessor = 16;
+constexpr int64_t kMostRows = 65535;  // the grid's y dimension ends there; kernels stride beyond
+
+// What a warp moves at a time: so many vectors a lane, all loads on their way before the first store.
+template <class T>
+constexpr int64_t kPiece = kVectorsAtOnce * kWarp * kVectorBytes / sizeof(T);
+
+// The index of the first nonzero of a row of the mask, or 0; the whole block looks for it.
+__device__ inline int64_t first_nonzero(const int64_t* mask, int64_t length) {
   __shared__ unsigned long long first;
+  __syncthreads();
+  if (threadIdx.x == 0) first = static_cast<unsigned long long>(length);
+  __syncthreads();
+  for (int64_t s0 = threadIdx.x; s0 - threadIdx.x < length; s0 += kMasksAtOnce * kThreads) {
+    int64_t found = length;
+#pragma unroll
+    for (int i = kMasksAtOnce; i-- > 0;) {
+      const int64_t s = s0 + i * kThreads;
+      if (s < length && mask[s] != 0) found = s;
+    }
+    if (found < length) atomicMin(&first, static_cast<unsigned long long>(found));
+    if (__syncthreads_or(found < length)) break;
+  }
+  const int64_t at = static_cast<int64_t>(first);
+  return at == length ? 0 : at;
+}
+
+__global__ void start_kernel(const int64_t* mask, Sizes n, int64_t* start) {
+  for (int64_t b = blockIdx.x; b < n.batch; b += gridDim.x) {
+    const int64_t at = first_nonzero(mask + b * n.length, n.length);
+    if (threadIdx.x == 0) start[b] = at;
+  }
+}
+
+// Mask, positions and labels of one output row, whose prompt begins at `start`; labels may be null.
+struct Tokens {
+  const int64_t *mask, *labels;
+  int64_t *mask_out, *positions, *labels_out;
+};
+__device__ inline void write_tokens(const Tokens& tokens, const Sizes& n, int64_t b, int64_t start) {
   __shared__ int64_t warp_sums[kThreads / kWarp];
   __shared__ int64_t carried;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int64_t b = blockIdx.x; b < n.batch; b += gridDim.x) {
-    if (threadIdx.x == 0) first = static_cast<unsigned long long>(n.length), carried = 0;
-    __syncthreads();
-    for (int64_t s = threadIdx.x; s < n.length; s += kThreads) {
-      if (mask[b * n.length + s] == 0) continue;
-      atomicMin(&first, static_cast<unsigned long long>(s));
-      break;
+  if (threadIdx.x == 0) carried = 0;
+  __syncthreads();
+  // An inclusive prefix sum of the new mask, kThreads positions at a time.
+  for (int64_t j0 = 0; j0 < n.out(); j0 += kThreads) {
+    const int64_t j = j0 + threadIdx.x;
+    const bool inside = j < n.out(), is_prompt = j >= start && j < start + n.prompt;
+    const int64_t from = b * n.length + (j < start ? j : j - n.prompt), to = b * n.out() + j;
+    const int64_t own = !inside ? 0 : is_prompt ? 1 : tokens.mask[from];
+    int64_t sum = own;
+    for (int step = 1; step < kWarp; step *= 2) {
+      const int64_t before = __shfl_up_sync(0xffffffffu, sum, step);
+      if (lane >= step) sum += before;
     }
+    if (lane == kWarp - 1) warp_sums[warp] = sum;
     __syncthreads();
-    const int64_t begin = static_cast<int64_t>(first) == n.length ? 0 : static_cast<int64_t>(first);
-    if (threadIdx.x == 0) start[b] = begin;
-    // An inclusive prefix sum of the new mask, kThreads positions at a time.
-    for (int64_t j0 = 0; j0 < n.out(); j0 += kThreads) {
-      const int64_t j = j0 + threadIdx.x;
-      const bool inside = j < n.out(), is_prompt = j >= begin && j < begin + n.prompt;
-      const int64_t from = b * n.length + (j < begin ? j : j - n.prompt), to = b * n.out() + j;
-      const int64_t own = !inside ? 0 : is_prompt ? 1 : mask[from];
-      int64_t sum = own;
-      for (int step = 1; step < kWarp; step *= 2) {
-        const int64_t before = __shfl_up_sync(0xffffffffu, sum, step);
-        if (lane >= step) sum += before;
-      }
-      if (lane == kWarp - 1) warp_sums[warp] = sum;
-      __syncthreads();
-      int64_t total = carried;
-      for (int w = 0; w < warp; ++w) total += warp_sums[w];
-      total += sum;
-      __syncthreads();
-      if (threadIdx.x == kThreads - 1) carried = total;
-      if (inside) {
-        mask_out[to] = own;
-        positions[to] = total > 0 ? total - 1 : 0;
-        if (labels) labels_out[to] = is_prompt ? -100 : labels[from];
-      }
-      __syncthreads();
+    int64_t total = carried;
+    for (int w = 0; w < warp; ++w) total += warp_sums[w];
+    total += sum;
+    __syncthreads();
+    if (threadIdx.x == kThreads - 1) carried = total;
+    if (inside) {
+      tokens.mask_out[to] = own;
+      tokens.positions[to] = total > 0 ? total - 1 : 0;
+      if (tokens.labels) tokens.labels_out[to] = is_prompt ? -100 : tokens.labels[from];
     }
     __syncthreads();
   }
 }
 
-// Finds out which source row an output row is; shared by the embeddings' forward pass.
+template <class S, class T>
+__device__ inline T converted(S from) {
+  if constexpr (std::is_same_v<S, T>) {
+    return from;
+  } else {
+    T to;
+    from_float(to_float(from), &to);
+    return to;
+  }
+}
+
+// A warp moves at most kPiece<T> elements of a row, 16 bytes of `to` a lane where everything is aligned (VECTOR).
+template <bool VECTOR, class S, class T>
+__device__ inline void move(const S* from, T* to, int64_t count, int lane) {
+  if constexpr (VECTOR) {
+    constexpr int kWidth = kVectorBytes / sizeof(T);
+    Pack<S, kWidth> held[kVectorsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kVectorsAtOnce; ++i) {
+      const int64_t at = (lane + i * kWarp) * kWidth;
+      if (at < count) held[i] = *reinterpret_cast<const Pack<S, kWidth>*>(from + at);
+    }
+#pragma unroll
+    for (int i = 0; i < kVectorsAtOnce; ++i) {
+      const int64_t at = (lane + i * kWarp) * kWidth;
+      if (at >= count) break;
+      Pack<T, kWidth> out;
+      for (int e = 0; e < kWidth; ++e) out.value[e] = converted<S, T>(held[i].value[e]);
+      *reinterpret_cast<Pack<T, kWidth>*>(to + at) = out;
+    }
+  } else {
+    for (int64_t at = lane; at < count; at += kWarp) to[at] = converted<S, T>(from[at]);
+  }
+}
+
 template <class T, class P>
 struct Rows {
   const int64_t* ids;  // null: source is [B, S, H]
   const T* source;
   int64_t vocabulary;
   const P* prompt;
-  const int64_t* start;
-  Sizes n;
+  T* out;
 };
 
-// One warp copies a row of aligned vectors; so many loads a lane are on their way before the first store.
-template <class T>
-__device__ inline void copy_row(const T* from, T* to, int64_t hidden, int lane) {
-  constexpr int kInFlight = 8;
-  const int64_t vectors = hidden * static_cast<int64_t>(sizeof(T)) / kVectorBytes;
-  const uint4* in = reinterpret_cast<const uint4*>(from);
-  uint4* out = reinterpret_cast<uint4*>(to);
-  int64_t v = lane;
-  for (; v + (kInFlight - 1) * kWarp < vectors; v += kInFlight * kWarp) {
-    uint4 held[kInFlight];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) held[i] = __ldg(in + v + i * kWarp);
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) out[v + i * kWarp] = held[i];
-  }
-  for (; v < vectors; v += kWarp) out[v] = __ldg(in + v);
-}
-
-// A warp a row. Rows of the source are copied 16 bytes a lane where everything is aligned (VECTOR), prompt rows are
-// converted element by element unless they have the same dtype.
+// Every block finds the start of its batch row from the mask, so that nothing is launched before. The first block of a
+// batch row writes its tokens, the others its embeddings, a warp a piece of a row.
 template <class T, class P, bool VECTOR>
-__global__ void embeds_kernel(Rows<T, P> rows, T* out) {
-  const Sizes n = rows.n;
+__global__ void concat_kernel(Rows<T, P> rows, Tokens tokens, Sizes n) {
   const int lane = threadIdx.x % kWarp;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp; i < n.batch * n.out();
-       i += stride) {
-    const int64_t b = i / n.out(), j = i % n.out(), t = j - rows.start[b];
-    T* to = out + i * n.hidden;
-    const bool is_prompt = t >= 0 && t < n.prompt;
-    const T* from = nullptr;
-    if (is_prompt) {
-      if constexpr (std::is_same_v<T, P>) {
-        from = rows.prompt + t * n.hidden;
-      } else {
-        const P* p = rows.prompt + t * n.hidden;
-#pragma unroll 8
-        for (int64_t h = lane; h < n.hidden; h += kWarp) {
-          T element;
-          from_float(to_float(__ldg(p + h)), &element);
-          to[h] = element;
-        }
+  const int64_t warp = (static_cast<int64_t>(blockIdx.x) - 1) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t warps = (static_cast<int64_t>(gridDim.x) - 1) * (kThreads / kWarp);
+  const int64_t pieces = (n.hidden + kPiece<T> - 1) / kPiece<T>;
+  for (int64_t b = blockIdx.y; b < n.batch; b += gridDim.y) {
+    const int64_t start = first_nonzero(tokens.mask + b * n.length, n.length);
+    if (blockIdx.x == 0) {
+      write_tokens(tokens, n, b, start);
+      continue;
+    }
+    for (int64_t i = warp; i < n.out() * pieces; i += warps) {
+      const int64_t j = i / pieces, h = i % pieces * kPiece<T>, t = j - start;
+      const int64_t count = n.hidden - h < kPiece<T> ? n.hidden - h : kPiece<T>;
+      T* to = rows.out + (b * n.out() + j) * n.hidden + h;
+      if (t >= 0 && t < n.prompt) {
+        move<VECTOR>(rows.prompt + t * n.hidden + h, to, count, lane);
         continue;
       }
-    } else {
       int64_t row = b * n.length + (t < 0 ? j : j - n.prompt);
       if (rows.ids) {
         row = rows.ids[row];
         assert(row >= 0 && row < rows.vocabulary && "prompt_concat: id out of range");
       }
-      from = rows.source + row * n.hidden;
-    }
-    if constexpr (VECTOR) {
-      copy_row(from, to, n.hidden, lane);
-    } else {
-      for (int64_t h = lane; h < n.hidden; h += kWarp) to[h] = from[h];
+      move<VECTOR>(rows.source + row * n.hidden + h, to, count, lane);
     }
   }
 }
 
-// d_embeds: a warp a row, the forward copy backwards.
+// d_embeds: a warp a piece of a row, the forward copy backwards.
 template <class T, bool VECTOR>
 __global__ void d_embeds_kernel(const T* dout, const int64_t* start, Sizes n, T* d_embeds) {
   const int lane = threadIdx.x % kWarp;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp; i < n.batch * n.length;
-       i += stride) {
-    const int64_t b = i / n.length, s = i % n.length;
-    const T* from = dout + (b * n.out() + (s < start[b] ? s : s + n.prompt)) * n.hidden;
-    T* to = d_embeds + i * n.hidden;
-    if constexpr (VECTOR) {
-      copy_row(from, to, n.hidden, lane);
-    } else {
-      for (int64_t h = lane; h < n.hidden; h += kWarp) to[h] = from[h];
-    }
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
+  const int64_t pieces = (n.hidden + kPiece<T> - 1) / kPiece<T>;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+       i < n.batch * n.length * pieces; i += warps) {
+    const int64_t row = i / pieces, h = i % pieces * kPiece<T>, b = row / n.length, s = row % n.length;
+    const int64_t from = b * n.out() + (s < start[b] ? s : s + n.prompt);
+    const int64_t count = n.hidden - h < kPiece<T> ? n.hidden - h : kPiece<T>;
+    move<VECTOR>(dout + from * n.hidden + h, d_embeds + row * n.hidden + h, count, lane);
   }
 }
 
@@ -160,23 +189,6 @@ __global__ void d_prompt_kernel(const T* dout, const int64_t* start, Sizes n, fl
   }
 }
 
-__global__ void start_kernel(const int64_t* mask, Sizes n, int64_t* start) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
-  for (int64_t b = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp; b < n.batch;
-       b += stride) {
-    int64_t found = 0;
-    for (int64_t s0 = 0; s0 < n.length; s0 += kWarp) {
-      const int64_t s = s0 + lane;
-      const unsigned ones = __ballot_sync(0xffffffffu, s < n.length && mask[b * n.length + s] != 0);
-      if (ones == 0) continue;
-      found = s0 + __ffs(static_cast<int>(ones)) - 1;
-      break;
-    }
-    if (lane == 0) start[b] = found;
-  }
-}
-
 // ---- host
 
 Sizes check_mask(const CudaCheck& check, const Tensor& mask, int64_t prompt, int64_t hidden) {
@@ -187,15 +199,18 @@ Sizes check_mask(const CudaCheck& check, const Tensor& mask, int64_t prompt, int
 }
 
 template <class T, class P>
-void launch_embeds(const Rows<T, P>& rows, const Tensor& out, cudaStream_t stream) {
-  const int64_t count = rows.n.batch * rows.n.out();
-  if (count == 0 || rows.n.hidden == 0) return;
-  const unsigned blocks = blocks_for(count, kThreads / kWarp);
-  T* to = data<T>(out);
-  if (aligned({rows.source, rows.prompt, to}, rows.n.hidden * static_cast<int64_t>(sizeof(T))))
-    embeds_kernel<T, P, true><<<blocks, kThreads, 0, stream>>>(rows, to);
+void launch_concat(const Rows<T, P>& rows, const Tokens& tokens, const Sizes& n, int device, cudaStream_t stream) {
+  if (n.batch == 0) return;
+  const int64_t pieces = n.out() * ((n.hidden + kPiece<T> - 1) / kPiece<T>);
+  const int64_t most = kBlocksPerProcessor * processors_of(device) / n.batch + 1,
+                needed = blocks_for(pieces, kThreads / kWarp);
+  // Every warp of a batch row moves as many pieces, but for the last ones.
+  const int64_t each = (needed + most - 1) / most, blocks = each ? (needed + each - 1) / each : 0;
+  const dim3 grid(static_cast<unsigned>(1 + blocks), static_cast<unsigned>(n.batch < kMostRows ? n.batch : kMostRows));
+  if (aligned({rows.source, rows.prompt, rows.out}, n.hidden * static_cast<int64_t>(sizeof(T))))
+    concat_kernel<T, P, true><<<grid, kThreads, 0, stream>>>(rows, tokens, n);
   else
-    embeds_kernel<T, P, false><<<blocks, kThreads, 0, stream>>>(rows, to);
+    concat_kernel<T, P, false><<<grid, kThreads, 0, stream>>>(rows, tokens, n);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -220,28 +235,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prompt_concat_forward(const std::opti
   }
   const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
   Tensor out = empty(source, {n.batch, n.out(), n.hidden});
-  Tensor start = empty(mask, {n.batch});
   Tensor mask_out = empty(mask, {n.batch, n.out()});
   Tensor positions = empty(mask, {n.batch, n.out()});
   Tensor labels_out = labels.has_value() ? empty(mask, {n.batch, n.out()}) : empty(mask, {0});
-  const cudaStream_t stream = stream_of(mask);
-  if (n.batch > 0) {
-    rows_kernel<<<blocks_for(n.batch, 1), kThreads, 0, stream>>>(
-        data<int64_t>(mask), labels.has_value() ? data<int64_t>(*labels) : nullptr, n, data<int64_t>(start),
-        data<int64_t>(mask_out), data<int64_t>(positions), labels.has_value() ? data<int64_t>(labels_out) : nullptr);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
+  const Tokens tokens{data<int64_t>(mask), labels.has_value() ? data<int64_t>(*labels) : nullptr,
+                      data<int64_t>(mask_out), data<int64_t>(positions), data<int64_t>(labels_out)};
   check.with_dtype(ids.has_value() ? "table" : "embeds", source, [&](auto* t) {
     check.with_dtype("prompt", prompt, [&](auto* p) {
       using T = std::remove_pointer_t<decltype(t)>;
       using P = std::remove_pointer_t<decltype(p)>;
-      const Rows<T, P> rows{ids.has_value() ? data<int64_t>(*ids) : nullptr,
-                            data<T>(source),
-                            source.size(0),
-                            data<P>(prompt),
-                            data<int64_t>(start),
-                            n};
-      launch_embeds(rows, out, stream);
+      const Rows<T, P> rows{ids.has_value() ? data<int64_t>(*ids) : nullptr, data<T>(source), source.size(0),
+                            data<P>(prompt), data<T>(out)};
+      launch_concat(rows, tokens, n, mask.get_device_index(), stream_of(mask));
     });
   });
   return {out, mask_out, positions, labels_out};
@@ -256,9 +261,9 @@ void launch_backward(const Tensor& dout, const Tensor& start, const Sizes& n, co
                                                                                            n, data<float>(d_prompt));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  const int64_t count = n.batch * n.length;
-  if (d_embeds == nullptr || count == 0 || n.hidden == 0) return;
-  const unsigned blocks = blocks_for(count, kThreads / kWarp);
+  const int64_t pieces = n.batch * n.length * ((n.hidden + kPiece<T> - 1) / kPiece<T>);
+  if (d_embeds == nullptr || pieces == 0) return;
+  const unsigned blocks = blocks_for(pieces, kThreads / kWarp);
   T* to = data<T>(*d_embeds);
   if (aligned({from, to}, n.hidden * static_cast<int64_t>(sizeof(T))))
     d_embeds_kernel<T, true><<<blocks, kThreads, 0, stream>>>(from, data<int64_t>(start), n, to);
@@ -280,8 +285,7 @@ std::tuple<Tensor, Tensor> prompt_concat_backward(const Tensor& dout, const Tens
   Tensor d_embeds = need_embeds ? empty(dout, {n.batch, n.length, n.hidden}) : empty(dout, {0});
   const cudaStream_t stream = stream_of(mask);
   if (n.batch > 0) {
-    start_kernel<<<blocks_for(n.batch, kThreads / kWarp), kThreads, 0, stream>>>(data<int64_t>(mask), n,
-                                                                                 data<int64_t>(start));
+    start_kernel<<<blocks_for(n.batch, 1), kThreads, 0, stream>>>(data<int64_t>(mask), n, data<int64_t>(start));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   check.with_dtype("dout", dout, [&](auto* t) {

@@ -232,6 +232,11 @@ def rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.clone(memory_format=torch.contiguous_format)
 
 
+def shaped(flat: Tensor, like: Tensor) -> Tensor:
+    """flat [M, C] in the shape of `like`: the same where that is a matrix, as in `rows`."""
+    return flat if like.dim() == 2 else flat.view(like.shape)
+
+
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in this dtype: `x.to(dtype)` without the call where there is nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)

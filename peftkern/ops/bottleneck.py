@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peftkern.errors import near
 from peftkern.ops._draw import Draw
-from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, rows
+from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, rows, shaped
 from peftkern.ops._operands import sizes
 from peftkern.ops.dropout import check_probability, dropout, new_seed
 
@@ -164,7 +164,7 @@ def _backward(
         dy2, x2, pre, down.contiguous(), up.contiguous(), activation, scale, p, seed, own, need_x
     )
     return (
-        dx.view(x.shape) if need_x else None,
+        shaped(dx, x) if need_x else None,
         cast(d_down, down.dtype),
         cast(d_down_bias, down.dtype),
         cast(d_up, up.dtype),

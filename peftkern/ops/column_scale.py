@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from peftkern import dispatch
 from peftkern.ops._draw import Draw
-from peftkern.ops._op import Op, autograd, cast, choose, kernel, rows, tracked
+from peftkern.ops._op import Op, autograd, cast, choose, kernel, rows, shaped, tracked
 
 
 def reference(x: Tensor, s: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -39,7 +38,7 @@ def column_scale(x: Tensor, s: Tensor, *, overwrite: bool = False) -> Tensor:
         return y if y.dtype == x.dtype else y.to(x.dtype)
     if overwrite and not tracked() and not x.requires_grad and x.is_contiguous():
         if x.numel():
-            flat = x.view(-1, s.shape[0])
+            flat = rows(x)
             kernel(backend, "column_scale").forward(flat, s.contiguous(), flat)
         return x
     out: Tensor = _differentiable(x, s, backend)
@@ -49,7 +48,7 @@ def column_scale(x: Tensor, s: Tensor, *, overwrite: bool = False) -> Tensor:
 def _forward(x: Tensor, s: Tensor, backend: str) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
-        kernel(backend, "column_scale").forward(rows(x), s.contiguous(), y.view(-1, s.shape[0]))
+        kernel(backend, "column_scale").forward(rows(x), s.contiguous(), rows(y))
     return y
 
 
@@ -60,7 +59,7 @@ def _backward(
         return torch.empty_like(dy) if need_x else None, torch.zeros_like(s) if need_s else None
     x2 = rows(x) if need_s and x is not None else None
     dx, ds = kernel(backend, "column_scale").backward(rows(dy), x2, s.contiguous(), need_x)
-    return dx.view(dy.shape) if need_x else None, cast(ds, s.dtype) if need_s else None
+    return shaped(dx, dy) if need_x else None, cast(ds, s.dtype) if need_s else None
 
 
 def _fake(x: Tensor, s: Tensor, backend: str) -> Tensor:
@@ -108,7 +107,8 @@ that plain PyTorch makes an f32 copy) and where it is not: bench/column_scale.py
 
 
 def _sizes(x: Tensor, s: Tensor) -> dict[str, int]:
-    return {"M": math.prod(x.shape[:-1]), "C": s.shape[0], "mixed": int(s.dtype.itemsize > x.dtype.itemsize)}
+    c = s.shape[0]
+    return {"M": x.numel() // c if c else 0, "C": c, "mixed": int(s.dtype.itemsize > x.dtype.itemsize)}
 
 
 def _launch_costs_more(backend: str, dtype: torch.dtype, *, M: int, C: int = 0, mixed: int = 0) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peftkern import dispatch
 from peftkern.ops._draw import Draw
-from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, requires_grad, rows, tracked
+from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, requires_grad, rows, shaped, tracked
 from peftkern.ops._operands import check_base, sizes
 from peftkern.ops._scales import epilogue, operands, unfolded
 from peftkern.ops.dropout import check_probability, dropout, new_seed
@@ -289,7 +289,7 @@ def _backward(
         db *= c[:, None]
     db, dd, de = unfolded(db, b, rank_scale, update_scale, need_b, need_d, need_e)
     return (
-        dx if dx is None or x.dim() == 2 else dx.view(x.shape),
+        None if dx is None else shaped(dx, x),
         cast(da, a.dtype) if need_a else None,
         None if db is None else cast(db, b.dtype),
         None if dc is None or column_scale is None else cast(dc, column_scale.dtype),

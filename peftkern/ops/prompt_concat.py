@@ -233,6 +233,9 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
     yield "zero-tokens", {"embeds": rand(2, 0, 8), "prompt": rand(3, 8)}
     yield "zero-batch", {"embeds": rand(0, 4, 8), "prompt": rand(3, 8)}
     yield "strided", {"embeds": rand(3, 5, 66)[..., ::2], "prompt": rand(4, 33)}
+    late = torch.arange(2309, device=device) >= torch.tensor([[2100], [300]], device=device)
+    yield "long-left", {"ids": ints(11, 2, 2309), "table": rand(11, 8), "prompt": rand(5, 8), "mask": late}
+    yield "wide-batch", {"embeds": rand(65, 9, 2100), "prompt": rand(3, 2100)}
     if dtype in (torch.bfloat16, torch.float16):
         yield "f32-prompt", ids | {"prompt": rand(4, 33, dt=torch.float32), "mask": left}
 

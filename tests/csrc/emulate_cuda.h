@@ -25,6 +25,7 @@
 #define __device__
 #define __host__
 #define __shared__ static
+#define __launch_bounds__(...)
 
 using __nv_bfloat16 = c10::BFloat16;
 using __half = c10::Half;
@@ -67,6 +68,7 @@ struct Block {
   std::vector<uint64_t> lanes = std::vector<uint64_t>(kMostThreads);
   std::vector<char> shared;
   Barrier all;
+  bool any = false;  // of the threads of a __syncthreads_or
   unsigned running = 0;
   Thread* current = nullptr;
   ucontext_t scheduler;
@@ -123,7 +125,7 @@ inline void run_block() {
   const unsigned count = block.size.x * block.size.y * block.size.z;
   while (block.threads.size() < count) block.threads.emplace_back();
   block.warps.assign((count + kLanes - 1) / kLanes, {});
-  block.all = {}, block.running = count;
+  block.all = {}, block.any = false, block.running = count;
   std::fill(block.shared.begin(), block.shared.end(), '\xff');  // NaN in every format
   std::vector<unsigned> order(count);
   std::iota(order.begin(), order.end(), 0u);
@@ -188,6 +190,15 @@ struct DeviceGuard {
 #define gridDim (emulated::block.grid)
 
 inline void __syncthreads() { emulated::wait(emulated::block.all, emulated::block.running); }
+inline int __syncthreads_or(int own) {
+  emulated::block.any |= own != 0;
+  __syncthreads();
+  const bool any = emulated::block.any;
+  __syncthreads();
+  emulated::block.any = false;
+  __syncthreads();
+  return any;
+}
 template <class T>
 T __shfl_up_sync(unsigned mask, T own, unsigned delta) {
   const unsigned lane = emulated::block.current->place % emulated::kLanes;
@@ -223,7 +234,7 @@ inline float __half2float(__half x) { return static_cast<float>(x); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __nv_bfloat16(x); }
 inline __half __float2half_rn(float x) { return __half(x); }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 4, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 20, cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t size, cudaStream_t) {
   return std::memset(to, byte, size), cudaSuccess;
 }

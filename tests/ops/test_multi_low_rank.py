@@ -312,10 +312,12 @@ def test_the_cuda_kernel_without_a_graph(dtype: torch.dtype, weights: torch.dtyp
         (32, 256, 520, [16] * 16),
         (64, 768, 768, [8, 8, 40]),
     ):
-        index = (torch.randperm(m) % (len(ranks) + 1) - 1).to(device)
+        order = torch.randperm(m)
         a, b = adapters(ranks, k, n, device, weights)
         x, base = torch.randn(m, k, device=device).to(dtype), torch.randn(m, n, device=device).to(dtype)
         flat = {f"a{i}": t.detach() for i, t in enumerate(a)} | {f"b{i}": t.detach() for i, t in enumerate(b)}
-        case = {"x": x, "index": index, "scales": [0.5] * len(ranks), "base_out": base, **flat}
-        with torch.no_grad(), pk.use_backend("cuda"):
-            assert_as_good_as_torch(OP.reference, OP.run, case, grads=())
+        # Evenly among the adapters and none, or one row each and all others to the last.
+        for index in (order % (len(ranks) + 1), order.clamp(max=len(ranks))):
+            case = {"x": x, "index": (index - 1).to(device), "scales": [0.5] * len(ranks), "base_out": base, **flat}
+            with torch.no_grad(), pk.use_backend("cuda"):
+                assert_as_good_as_torch(OP.reference, OP.run, case, grads=())
