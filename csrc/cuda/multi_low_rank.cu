@@ -59,7 +59,7 @@ __device__ void for_groups(const Problem& op, int64_t adapter, int64_t* rows, co
   for (int64_t group = blockIdx.z; count == kRows && group * kRows < op.m; group += gridDim.z) {
     count = find_rows(op, adapter, group, rows);
     if (count > 0) f(count);
-    __syncthreads();
+    __syncthreads();  // before `rows` is written again
   }
 }
 
