@@ -85,15 +85,15 @@ def _tile_offsets(offs, block, BY_ROW: tl.constexpr, BLOCK_P: tl.constexpr, BLOC
 
 
 @triton.jit
-def _product_tile(up_ptr, down_ptr, offs_p, offs_q, r, P, Q, R, acc, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
-    """acc + up down over the ranks [r, r + BLOCK_R)."""
-    offs_r = r + tl.arange(0, BLOCK_R)
-    mask_r = offs_r < R
-    up_tile = up_ptr + offs_p.to(tl.int64)[:, None] * R + offs_r[None, :]
-    up = tl.load(up_tile, mask=(offs_p < P)[:, None] & mask_r[None, :], other=0.0)
-    down_tile = down_ptr + offs_r.to(tl.int64)[:, None] * Q + offs_q[None, :]
-    down = tl.load(down_tile, mask=mask_r[:, None] & (offs_q < Q)[None, :], other=0.0)
-    return dot(up, down, acc, PRECISION)
+def _up_tile(up_ptr, offs_p, offs_r, P, R):
+    tile = up_ptr + offs_p.to(tl.int64)[:, None] * R + offs_r[None, :]
+    return tl.load(tile, mask=(offs_p < P)[:, None] & (offs_r < R)[None, :], other=0.0)
+
+
+@triton.jit
+def _down_tile(down_ptr, offs_q, offs_r, Q, R):
+    tile = down_ptr + offs_r.to(tl.int64)[:, None] * Q + offs_q[None, :]
+    return tl.load(tile, mask=(offs_r < R)[:, None] & (offs_q < Q)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["blocks_per_split"])
@@ -129,16 +129,22 @@ def norm_kernel(
         end = min(start + blocks_per_split, tl.cdiv(P, BLOCK_P))
         sums = tl.zeros((BLOCK_Q,), tl.float32)
         offs = kept * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    offs_r = tl.arange(0, BLOCK_R)
+    if ONE_BLOCK:  # what the blocks of the other axis share
+        shared = _up_tile(up_ptr, offs, offs_r, P, R) if BY_ROW else _down_tile(down_ptr, offs, offs_r, Q, R)
     for block in tl.range(start, end, num_stages=STAGES):
         offs_p, offs_q = _tile_offsets(offs, block, BY_ROW, BLOCK_P, BLOCK_Q)
         mask = (offs_p < P)[:, None] & (offs_q < Q)[None, :]
         wide = tl.load(wide_ptr + offs_p.to(tl.int64)[:, None] * stride_widep + offs_q[None, :], mask=mask, other=0.0)
         acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-        if ONE_BLOCK:
-            acc = _product_tile(up_ptr, down_ptr, offs_p, offs_q, 0, P, Q, R, acc, PRECISION, BLOCK_R)
+        if ONE_BLOCK and BY_ROW:
+            acc = dot(shared, _down_tile(down_ptr, offs_q, offs_r, Q, R), acc, PRECISION)
+        elif ONE_BLOCK:
+            acc = dot(_up_tile(up_ptr, offs_p, offs_r, P, R), shared, acc, PRECISION)
         else:
             for r in range(0, R, BLOCK_R):
-                acc = _product_tile(up_ptr, down_ptr, offs_p, offs_q, r, P, Q, R, acc, PRECISION, BLOCK_R)
+                up = _up_tile(up_ptr, offs_p, r + offs_r, P, R)
+                acc = dot(up, _down_tile(down_ptr, offs_q, r + offs_r, Q, R), acc, PRECISION)
         total = wide.to(tl.float32) + acc * scale
         sums += tl.sum(total * total, axis=1 if BY_ROW else 0)
     tl.store(out_ptr + split.to(tl.int64) * size + offs, sums, mask=offs < size)
