@@ -320,13 +320,13 @@ def forward(
     out = torch.empty((b, hq, s, d), dtype=q.dtype, device=q.device)
     norm = torch.empty((2, b, hq, s), dtype=torch.float32, device=q.device)
     drop, m, rows = dropout_args(p, seed), _mask_of(causal, mask), hq // hkv * s
-    few = _tile("few", q)
-    t = few if rows <= few.block_m else _tile("forward", q)
-    programs = cdiv(rows, t.block_m) * b * hkv
-    blocks = cdiv(length, t.block_n)
-    splits = max(1, min(cdiv(device_of(q).processors, programs), blocks // _SPLIT_BLOCKS)) if t is few else 1
-    per_split = cdiv(blocks, splits)
-    splits = max(1, cdiv(blocks, per_split)) if blocks else 1
+    t, per_split = _tile("few", q), max(length, 1)
+    if rows > t.block_m:
+        t = _tile("forward", q)
+    else:
+        wanted = cdiv(device_of(q).processors, b * hkv)
+        per_split = t.block_n * max(_SPLIT_BLOCKS, cdiv(length, t.block_n * wanted))
+    splits = max(1, cdiv(length, per_split))
     parts, tops, sums = out, norm[0], norm[1]
     if splits > 1:
         parts = torch.empty((splits, b, hq, s, d), dtype=torch.float32, device=q.device)
@@ -335,7 +335,7 @@ def forward(
         _launch(
             forward_kernel, (cdiv(rows, t.block_m), b * hkv, splits), t, q, m, drop, scale,
             q, k, v, pk, pv, m.data, parts, tops, sums, drop.seed,
-            hkv, hq // hkv, s, length, pk.shape[2], d, *_strides(q, k, v, pk, pv), *m.strides, per_split * t.block_n,
+            hkv, hq // hkv, s, length, pk.shape[2], d, *_strides(q, k, v, pk, pv), *m.strides, per_split,
             SPLIT=splits > 1,
         )  # fmt: skip
         if splits > 1:
