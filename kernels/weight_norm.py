@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._column import Gradients, column_pass
-from ._common import dot, precision, refuse_common
+from ._common import dot, load_rows, precision, refuse_common
 from ._device import Device, Source, device_of, launch, on_device, sources
 from ._dropout import dropout_args
 from ._latent import reduce_pass
@@ -84,18 +84,6 @@ def _tile_offsets(offs, block, BY_ROW: tl.constexpr, BLOCK_P: tl.constexpr, BLOC
     return offs_p, offs_q
 
 
-@triton.jit
-def _up_tile(up_ptr, offs_p, offs_r, P, R):
-    tile = up_ptr + offs_p.to(tl.int64)[:, None] * R + offs_r[None, :]
-    return tl.load(tile, mask=(offs_p < P)[:, None] & (offs_r < R)[None, :], other=0.0)
-
-
-@triton.jit
-def _down_tile(down_ptr, offs_q, offs_r, Q, R):
-    tile = down_ptr + offs_r.to(tl.int64)[:, None] * Q + offs_q[None, :]
-    return tl.load(tile, mask=(offs_r < R)[:, None] & (offs_q < Q)[None, :], other=0.0)
-
-
 @triton.jit(do_not_specialize=["blocks_per_split"])
 def norm_kernel(
     wide_ptr,
@@ -131,20 +119,24 @@ def norm_kernel(
         offs = kept * BLOCK_Q + tl.arange(0, BLOCK_Q)
     offs_r = tl.arange(0, BLOCK_R)
     if ONE_BLOCK:  # what the blocks of the other axis share
-        shared = _up_tile(up_ptr, offs, offs_r, P, R) if BY_ROW else _down_tile(down_ptr, offs, offs_r, Q, R)
+        if BY_ROW:
+            shared = load_rows(up_ptr, R, offs, offs < P, offs_r, R)
+        else:
+            shared = load_rows(down_ptr, Q, offs_r, offs_r < R, offs, Q)
     for block in tl.range(start, end, num_stages=STAGES):
         offs_p, offs_q = _tile_offsets(offs, block, BY_ROW, BLOCK_P, BLOCK_Q)
         mask = (offs_p < P)[:, None] & (offs_q < Q)[None, :]
         wide = tl.load(wide_ptr + offs_p.to(tl.int64)[:, None] * stride_widep + offs_q[None, :], mask=mask, other=0.0)
         acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
         if ONE_BLOCK and BY_ROW:
-            acc = dot(shared, _down_tile(down_ptr, offs_q, offs_r, Q, R), acc, PRECISION)
+            acc = dot(shared, load_rows(down_ptr, Q, offs_r, offs_r < R, offs_q, Q), acc, PRECISION)
         elif ONE_BLOCK:
-            acc = dot(_up_tile(up_ptr, offs_p, offs_r, P, R), shared, acc, PRECISION)
+            acc = dot(load_rows(up_ptr, R, offs_p, offs_p < P, offs_r, R), shared, acc, PRECISION)
         else:
             for r in range(0, R, BLOCK_R):
-                up = _up_tile(up_ptr, offs_p, r + offs_r, P, R)
-                acc = dot(up, _down_tile(down_ptr, offs_q, r + offs_r, Q, R), acc, PRECISION)
+                up = load_rows(up_ptr, R, offs_p, offs_p < P, r + offs_r, R)
+                down = load_rows(down_ptr, Q, r + offs_r, r + offs_r < R, offs_q, Q)
+                acc = dot(up, down, acc, PRECISION)
         total = wide.to(tl.float32) + acc * scale
         sums += tl.sum(total * total, axis=1 if BY_ROW else 0)
     tl.store(out_ptr + split.to(tl.int64) * size + offs, sums, mask=offs < size)

@@ -183,8 +183,7 @@ void run(const Problem& op, int64_t adapters, bool vector_k, bool vector_r, cons
   T* to = data<T>(y);
   const auto grid = [&](int64_t blocks) {
     // As many groups at once as an adapter has with its even share of the rows, and one after another beyond.
-    const int64_t groups = (op.m + kRows * adapters - 1) / (kRows * adapters);
-    return dim3(static_cast<unsigned>(adapters), static_cast<unsigned>(blocks), static_cast<unsigned>(groups));
+    return dim3(static_cast<unsigned>(adapters), static_cast<unsigned>(blocks), blocks_for(op.m, kRows * adapters));
   };
   const dim3 ranks = grid(op.most), columns = grid((op.n + kThreads - 1) / kThreads);
   if (vector_k)

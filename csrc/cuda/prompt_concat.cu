@@ -21,6 +21,11 @@ constexpr int64_t kMostRows = 65535;  // the grid's y dimension ends there; kern
 template <class T>
 constexpr int64_t kPiece = kVectorsAtOnce * kWarp * kVectorBytes / sizeof(T);
 
+template <class T>
+__host__ __device__ inline int64_t pieces_of(int64_t hidden) {
+  return (hidden + kPiece<T> - 1) / kPiece<T>;
+}
+
 // The index of the first nonzero of a row of the mask, or 0; the whole block looks for it.
 __device__ inline int64_t first_nonzero(const int64_t* mask, int64_t length) {
   __shared__ unsigned long long first;
@@ -97,9 +102,11 @@ __device__ inline T converted(S from) {
   }
 }
 
-// A warp moves at most kPiece<T> elements of a row, 16 bytes of `to` a lane where everything is aligned (VECTOR).
+// A warp moves one piece of a row, 16 bytes of `to` a lane where everything is aligned (VECTOR).
 template <bool VECTOR, class S, class T>
-__device__ inline void move(const S* from, T* to, int64_t count, int lane) {
+__device__ inline void move(const S* from, T* to, int64_t hidden, int64_t piece, int lane) {
+  const int64_t begin = piece * kPiece<T>, left = hidden - begin, count = left < kPiece<T> ? left : kPiece<T>;
+  from += begin, to += begin;
   if constexpr (VECTOR) {
     constexpr int kWidth = kVectorBytes / sizeof(T);
     Pack<S, kWidth> held[kVectorsAtOnce];
@@ -137,7 +144,7 @@ __global__ void concat_kernel(Rows<T, P> rows, Tokens tokens, Sizes n) {
   const int lane = threadIdx.x % kWarp;
   const int64_t warp = (static_cast<int64_t>(blockIdx.x) - 1) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int64_t warps = (static_cast<int64_t>(gridDim.x) - 1) * (kThreads / kWarp);
-  const int64_t pieces = (n.hidden + kPiece<T> - 1) / kPiece<T>;
+  const int64_t pieces = pieces_of<T>(n.hidden);
   for (int64_t b = blockIdx.y; b < n.batch; b += gridDim.y) {
     const int64_t start = first_nonzero(tokens.mask + b * n.length, n.length);
     if (blockIdx.x == 0) {
@@ -145,11 +152,10 @@ __global__ void concat_kernel(Rows<T, P> rows, Tokens tokens, Sizes n) {
       continue;
     }
     for (int64_t i = warp; i < n.out() * pieces; i += warps) {
-      const int64_t j = i / pieces, h = i % pieces * kPiece<T>, t = j - start;
-      const int64_t count = n.hidden - h < kPiece<T> ? n.hidden - h : kPiece<T>;
-      T* to = rows.out + (b * n.out() + j) * n.hidden + h;
+      const int64_t j = i / pieces, piece = i % pieces, t = j - start;
+      T* to = rows.out + (b * n.out() + j) * n.hidden;
       if (t >= 0 && t < n.prompt) {
-        move<VECTOR>(rows.prompt + t * n.hidden + h, to, count, lane);
+        move<VECTOR>(rows.prompt + t * n.hidden, to, n.hidden, piece, lane);
         continue;
       }
       int64_t row = b * n.length + (t < 0 ? j : j - n.prompt);
@@ -157,7 +163,7 @@ __global__ void concat_kernel(Rows<T, P> rows, Tokens tokens, Sizes n) {
         row = rows.ids[row];
         assert(row >= 0 && row < rows.vocabulary && "prompt_concat: id out of range");
       }
-      move<VECTOR>(rows.source + row * n.hidden + h, to, count, lane);
+      move<VECTOR>(rows.source + row * n.hidden, to, n.hidden, piece, lane);
     }
   }
 }
@@ -167,13 +173,12 @@ template <class T, bool VECTOR>
 __global__ void d_embeds_kernel(const T* dout, const int64_t* start, Sizes n, T* d_embeds) {
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
-  const int64_t pieces = (n.hidden + kPiece<T> - 1) / kPiece<T>;
+  const int64_t pieces = pieces_of<T>(n.hidden);
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
        i < n.batch * n.length * pieces; i += warps) {
-    const int64_t row = i / pieces, h = i % pieces * kPiece<T>, b = row / n.length, s = row % n.length;
+    const int64_t row = i / pieces, b = row / n.length, s = row % n.length;
     const int64_t from = b * n.out() + (s < start[b] ? s : s + n.prompt);
-    const int64_t count = n.hidden - h < kPiece<T> ? n.hidden - h : kPiece<T>;
-    move<VECTOR>(dout + from * n.hidden + h, d_embeds + row * n.hidden + h, count, lane);
+    move<VECTOR>(dout + from * n.hidden, d_embeds + row * n.hidden, n.hidden, i % pieces, lane);
   }
 }
 
@@ -201,11 +206,11 @@ Sizes check_mask(const CudaCheck& check, const Tensor& mask, int64_t prompt, int
 template <class T, class P>
 void launch_concat(const Rows<T, P>& rows, const Tokens& tokens, const Sizes& n, int device, cudaStream_t stream) {
   if (n.batch == 0) return;
-  const int64_t pieces = n.out() * ((n.hidden + kPiece<T> - 1) / kPiece<T>);
+  const int64_t pieces = n.out() * pieces_of<T>(n.hidden);
   const int64_t most = kBlocksPerProcessor * processors_of(device) / n.batch + 1,
                 needed = blocks_for(pieces, kThreads / kWarp);
   // Every warp of a batch row moves as many pieces, but for the last ones.
-  const int64_t each = (needed + most - 1) / most, blocks = each ? (needed + each - 1) / each : 0;
+  const int64_t each = blocks_for(needed, most), blocks = each ? blocks_for(needed, each) : 0;
   const dim3 grid(static_cast<unsigned>(1 + blocks), static_cast<unsigned>(n.batch < kMostRows ? n.batch : kMostRows));
   if (aligned({rows.source, rows.prompt, rows.out}, n.hidden * static_cast<int64_t>(sizeof(T))))
     concat_kernel<T, P, true><<<grid, kThreads, 0, stream>>>(rows, tokens, n);
@@ -261,7 +266,7 @@ void launch_backward(const Tensor& dout, const Tensor& start, const Sizes& n, co
                                                                                            n, data<float>(d_prompt));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  const int64_t pieces = n.batch * n.length * ((n.hidden + kPiece<T> - 1) / kPiece<T>);
+  const int64_t pieces = n.batch * n.length * pieces_of<T>(n.hidden);
   if (d_embeds == nullptr || pieces == 0) return;
   const unsigned blocks = blocks_for(pieces, kThreads / kWarp);
   T* to = data<T>(*d_embeds);
