@@ -2,6 +2,8 @@
 #pragma once
 
 #include <initializer_list>
+#include <sstream>
+#include <stdexcept>
 
 #include "tensor.h"
 
@@ -14,7 +16,10 @@ class Check {
 
   template <class... Words>
   void that(bool ok, const Words&... words) const {
-    STD_TORCH_CHECK(ok, op_, ": ", words...);
+    if (ok) return;
+    std::ostringstream message;  // STD_TORCH_CHECK would begin every message with this line's place
+    ((message << op_ << ": ") << ... << words);
+    throw std::runtime_error(message.str());
   }
   // Of this shape; rows may be strided if `row_strided`, everything else is contiguous.
   void layout(const char* name, const Tensor& t, std::initializer_list<int64_t> want, bool row_strided) const {

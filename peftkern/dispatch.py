@@ -137,7 +137,7 @@ def _ask(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             run(*args, **kwargs)
         except _Question as question:
             return question.args
-        except (TypeError, ValueError):
+        except (AttributeError, IndexError, TypeError, ValueError):
             pass
         finally:
             _asking = None

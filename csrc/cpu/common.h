@@ -106,8 +106,9 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n)
-      : memory_(std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(n) * sizeof(T) + kLine)) {
+  explicit Buffer(int64_t n) {
+    if (n == 0) return;
+    memory_ = std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(n) * sizeof(T) + kLine);
     const auto address = reinterpret_cast<uintptr_t>(memory_.get());
     data_ = reinterpret_cast<T*>((address + kLine - 1) / kLine * kLine);
   }
@@ -116,7 +117,7 @@ class Buffer {
  private:
   static constexpr size_t kLine = 64;
   std::unique_ptr<std::byte[]> memory_;
-  T* data_;
+  T* data_ = nullptr;
 };
 
 // Runs f(begin, end) over parts of [0, tasks) on torch's own threads; below `kSerialWork` multiply-adds in all, or

@@ -49,7 +49,7 @@ def _table(
         bits = struct.unpack("<i", struct.pack("<f", scale))[0]
         rows.append([_signed(addresses[i]), _signed(addresses[count + i]), rank, before, bits])
         before += rank
-    cells = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    cells = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return Table(cells, (max(ranks), before, _CODES[dtype], all(address % 16 == 0 for address in addresses)))
 
 

@@ -8,18 +8,20 @@ import itertools
 import math
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from peftkern import dispatch
 from peftkern.errors import BackendError
 from peftkern.ops._draw import Draw
 
 Kwargs = dict[str, Any]
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def autograd(
     (Tensor[]) into a list, and `ctx.needs_input_grad` has a list in its place.
     Eager calls go straight to an autograd function (a registered op costs tens of microseconds per call from Python);
     torch.compile sees `torch.ops.peftkern.<name>` and `<name>_backward`, opaque and with shapes known.
+    Differentiating twice raises BackendError: kernels have no second derivative.
     """
     op = torch.library.custom_op(f"peftkern::{name}", _filled(forward), mutates_args=(), schema=schema)
     op.register_fake(_filled(fake))
@@ -81,18 +84,17 @@ def autograd(
 
     has_lists = "Tensor[]" in schema
     parts = forward, setup_context, functools.partial(gradients, backward)
-    function = _function(*(_one_by_one(*parts) if has_lists else parts))
-    function.__name__ = function.__qualname__ = name
+    function = _function(name, *(_one_by_one(*parts) if has_lists else parts))
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if compiling():
             return op(*args)
         if not torch.is_grad_enabled():
             return forward(*args)
         if not has_lists:
-            return function.apply(*args)  # type: ignore[no-untyped-call]
+            return function.apply(*args)
         lengths = tuple(len(arg) if _is_tensors(arg) else None for arg in args)
-        return function.apply(lengths, *_flat(args, lengths))  # type: ignore[no-untyped-call]
+        return function.apply(lengths, *_flat(args, lengths))
 
     return call
 
@@ -112,20 +114,43 @@ def _filled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _function(
-    forward: Callable[..., Any], setup_context: Callable[..., None], gradients: Callable[..., Any]
-) -> type[torch.autograd.Function]:
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = forward(*args)
-            setup_context(ctx, args, output)
-            return output
+    name: str, forward: Callable[..., Any], setup_context: Callable[..., None], gradients: Callable[..., Any]
+) -> Any:
+    def run(ctx: Any, *args: Any) -> Any:
+        output = forward(*args)
+        setup_context(ctx, args, output)
+        return output
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        # Forward has chosen the dtypes; autocast would choose others for the products in here.
+        grad = next((grad for grad in grads if grad is not None), None)
+        if grad is None or not (torch.is_grad_enabled() or autocasts(grad)):
             return gradients(ctx, *grads)
+        with torch.no_grad(), without_autocast(grad):
+            found = gradients(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        followed = (grad.detach().requires_grad_() if isinstance(grad, Tensor) else grad for grad in found)
+        return _Once.apply(name, *followed)  # type: ignore[no-untyped-call]
 
-    return Function
+    title = name.title().replace("_", "")  # whose backward is LowRankBackward, in messages and profiles
+    return type(title, (torch.autograd.Function,), {"forward": staticmethod(run), "backward": staticmethod(backward)})
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, for a graph of the backward (`create_graph`): to go back through it raises."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, *grads: Tensor | None) -> Any:
+        ctx.name = name
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Any) -> Any:
+        raise BackendError(
+            f"{ctx.name}: its kernels have no second derivative; what is differentiated twice wants "
+            "peftkern.use_backend('reference')"
+        )
 
 
 def _one_by_one(
@@ -138,25 +163,25 @@ def _one_by_one(
 
     def flat_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.lengths, *flat = inputs
-        with _nested_needs(ctx):
-            setup_context(ctx, _nested(flat, ctx.lengths), output)
+        setup_context(_NestedContext(ctx), _nested(flat, ctx.lengths), output)
 
     def flat_gradients(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        with _nested_needs(ctx):
-            found = gradients(ctx, *grads)
-        return (None, *_flat(found, ctx.lengths))
+        return (None, *_flat(gradients(_NestedContext(ctx), *grads), ctx.lengths))
 
     return flat_forward, flat_setup_context, flat_gradients
 
 
-@contextmanager
-def _nested_needs(ctx: Any) -> Iterator[None]:
-    needs = ctx.needs_input_grad
-    ctx.needs_input_grad = _nested(needs[1:], ctx.lengths)
-    try:
-        yield
-    finally:
-        ctx.needs_input_grad = needs
+class _NestedContext:
+    """An autograd context whose `needs_input_grad` has a list in the place of every list of tensors."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.__dict__.update(_ctx=ctx, needs_input_grad=_nested(ctx.needs_input_grad[1:], ctx.lengths))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._ctx, name, value)
 
 
 def requires_grad(*args: Any) -> bool:
@@ -212,16 +237,32 @@ def choose(op: str, x: Tensor, adapter: Tensor, grad: int = False, **dims: int) 
     When compiling, sizes may be symbolic, so that the choice rests on device and dtype alone.
     """
     dtype = adapter.dtype if adapter.dtype == torch.float64 else x.dtype
-    if torch.compiler.is_compiling():
+    if compiling():
         # A branch, since a probability that changes from call to call makes `grad` symbolic, and a constant is wanted.
         needed = True if grad else False
         return str(_choose_constant(op, x.device.type, dtype, needed, dispatch._forced))
+    if transformed():
+        if dispatch._forced not in (None, "reference"):
+            raise BackendError(f"{op}: {dispatch._forced!r} was forced, and torch.func cannot see into its kernels")
+        return "reference"
     return dispatch.choose(op, x.device, dtype, grad, **dims)
 
 
+def compiling() -> bool:
+    """Whether torch.compile, or a mode of fake tensors (make_fx), follows this call: ops opaque, sizes symbolic."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation follows this call: they see PyTorch's own functions alone."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def tracked() -> bool:
-    """Whether autograd or the compiler follows this call, so that its inputs must not be overwritten."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+    """Whether autograd, the compiler or a transform follows this call, so that its inputs must not be overwritten."""
+    return torch.is_grad_enabled() or compiling() or transformed()
 
 
 def rows(x: Tensor) -> Tensor:
@@ -232,9 +273,12 @@ def rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.clone(memory_format=torch.contiguous_format)
 
 
-def shaped(flat: Tensor, like: Tensor) -> Tensor:
-    """flat [M, C] in the shape of `like`: the same where that is a matrix, as in `rows`."""
-    return flat if like.dim() == 2 else flat.view(like.shape)
+def shaped(flat: Tensor, lead: Tensor) -> Tensor:
+    """flat [M, C], of which nobody else knows, with the leading dimensions of `lead`, whose `rows` are as many.
+
+    What an autograd function gives out must not be a view: PyTorch forbids users to change such a one in place.
+    """
+    return flat if lead.dim() == 2 else _unsafe_view(flat, (*lead.shape[:-1], flat.shape[1]))
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -242,9 +286,19 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Inside, products on x's device are taken in the dtypes that their factors have."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that F.linear would compute in for x: x's own, or autocast's."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if x.dtype != torch.float64 and autocasts(x):
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype

@@ -13,8 +13,8 @@ from torch import Tensor
 from peftkern.errors import near
 from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, rows, shaped
-from peftkern.ops._operands import sizes
-from peftkern.ops.dropout import check_probability, dropout, new_seed
+from peftkern.ops._operands import number, of_one_dtype, sizes
+from peftkern.ops.dropout import check_dropout, dropout, new_seed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -40,15 +40,15 @@ def reference(
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """residual + drop(s · (act(norm(x) Dᵀ + b_d) Uᵀ + b_u)) in x's dtype; gelu is the exact one (erf).
+    """residual + drop(s · (act(norm(x) Dᵀ + b_d) Uᵀ + b_u)) in x's dtype, or a wider residual's; gelu is exact (erf).
 
     x [..., K] · down [R, K] · up [N, R] · down_bias [R] · up_bias [N] · residual [..., N] · norm_weight, norm_bias [K]
     -> [..., N]. Adapter weights may be f32 while x is half: the adapter is then computed in f32.
     Source: Houlsby et al. 2019 (arXiv:1902.00751), section 2.1; scale and parallel form He et al. 2022
     (arXiv:2110.04366), table 1. The oracle: never optimise it.
     """
-    _check(x, down, up, down_bias, up_bias, residual, activation)
-    compute = torch.promote_types(x.dtype, down.dtype)
+    _check(x, down, up, down_bias, up_bias, residual, norm_weight, norm_bias, activation)
+    compute = torch.promote_types(torch.promote_types(x.dtype, down.dtype), up.dtype)
     normed = _norm(x, norm_weight, norm_bias, norm_eps).to(compute)
     pre = F.linear(normed, down.to(compute), None if down_bias is None else down_bias.to(compute))
     out = F.linear(ACTIVATIONS[activation](pre), up.to(compute), None if up_bias is None else up_bias.to(compute))
@@ -76,12 +76,23 @@ def bottleneck(
 
     Pass `residual=x` for the sequential adapter: its gradient is then added in the same pass.
     Saves x, the pre-activation [M, R] in f32 and the seed; the dropout mask is regenerated in backward.
-    Raises ValueError for shapes that do not chain, an unknown activation and p outside [0, 1).
+    Raises ValueError for shapes that do not chain, dtypes that are no floating ones, an unknown activation, a seed that
+    is none and for p outside [0, 1); TypeError for a scale that requires grad.
     """
-    m, k, n, r = _check(x, down, up, down_bias, up_bias, residual, activation)
-    check_probability(p)
+    m, k, n, r = _check(x, down, up, down_bias, up_bias, residual, norm_weight, norm_bias, activation)
+    check_dropout(p, seed, x)
+    scale = number("bottleneck", scale)
+    dtype = autocast_dtype(x)
+    if residual is not None and residual.dtype != dtype:
+        added = bottleneck(
+            x, down, up, down_bias=down_bias, up_bias=up_bias, norm_weight=norm_weight, norm_bias=norm_bias,
+            norm_eps=norm_eps, activation=activation, scale=scale, p=p, seed=seed,
+        )  # fmt: skip
+        return residual + added
     own = residual is x and norm_weight is None
-    x = cast(x, autocast_dtype(x))
+    x = cast(x, dtype)
+    if down.dtype != up.dtype:
+        down, up = of_one_dtype(down, up)
     if p > 0.0 and seed is None:
         seed = new_seed(x.device)
     backend = choose("bottleneck", x, down, M=m, K=k, N=n, R=r)
@@ -102,7 +113,7 @@ def bottleneck(
             seed=seed,
         )
     x = _norm(x, norm_weight, norm_bias, norm_eps)
-    residual = None if own or residual is None else residual.to(x.dtype)
+    residual = None if own else residual
     y: Tensor = _differentiable(x, down, down_bias, up, up_bias, residual, own, activation, scale, p, seed, backend)[0]
     return y
 
@@ -128,16 +139,15 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     x2 = rows(x)
-    shape = (*x.shape[:-1], up.shape[0])
     if x2.shape[0] == 0:
-        return x.new_empty(shape), x.new_empty(0, down.shape[0], dtype=torch.float32)
+        return x.new_empty(*x.shape[:-1], up.shape[0]), x.new_empty(0, down.shape[0], dtype=torch.float32)
     r2 = x2 if own else None if residual is None else rows(residual)
     y, pre = kernel(backend, "bottleneck").forward(
         x2, down.contiguous(), None if down_bias is None else down_bias.contiguous(),
         up.contiguous(), None if up_bias is None else up_bias.contiguous(),
         None if r2 is None else r2.contiguous(), activation, scale, p, seed,
     )  # fmt: skip
-    return y if x.dim() == 2 else y.view(shape), pre
+    return shaped(y, x), pre
 
 
 def _backward(
@@ -158,7 +168,7 @@ def _backward(
     r, n = down.shape[0], up.shape[0]
     if x2.shape[0] == 0:
         return (
-            torch.zeros_like(x), torch.zeros_like(down), down.new_zeros(r), torch.zeros_like(up), up.new_zeros(n)
+            x.new_zeros(x.shape), down.new_zeros(down.shape), down.new_zeros(r), up.new_zeros(up.shape), up.new_zeros(n)
         )  # fmt: skip
     dx, d_down, d_down_bias, d_up, d_up_bias = kernel(backend, "bottleneck").backward(
         dy2, x2, pre, down.contiguous(), up.contiguous(), activation, scale, p, seed, own, need_x
@@ -239,6 +249,8 @@ def _check(
     down_bias: Tensor | None,
     up_bias: Tensor | None,
     residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     activation: str,
 ) -> tuple[int, int, int, int]:
     """M, K, N, R."""
@@ -249,6 +261,13 @@ def _check(
         raise ValueError(f"up_bias {tuple(up_bias.shape)}: want [N] = {(n,)}")
     if residual is not None and residual.shape != (*x.shape[:-1], n):
         raise ValueError(f"residual {tuple(residual.shape)}: want [..., N] = {(*x.shape[:-1], n)}")
+    for name, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if vector is not None and vector.shape != (k,):
+            raise ValueError(f"{name} {tuple(vector.shape)}: want [K] = {(k,)}")
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError("norm_bias without norm_weight: want both, norm_weight alone, or neither")
+    if not isinstance(activation, str):
+        raise ValueError(f"activation {activation!r}: want a name, one of {', '.join(ACTIVATIONS)}")
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation {activation!r}{near(activation, ACTIVATIONS)}: want one of {', '.join(ACTIVATIONS)}"

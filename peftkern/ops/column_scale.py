@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from peftkern import dispatch
 from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autograd, cast, choose, kernel, rows, shaped, tracked
+from peftkern.ops._operands import check_floating
 
 
 def reference(x: Tensor, s: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -36,10 +38,12 @@ def column_scale(x: Tensor, s: Tensor, *, overwrite: bool = False) -> Tensor:
     if backend == "reference" or s.shape[0] == 0:
         y = x * s  # the reference without its conversions, which cost more than the product of a few rows
         return y if y.dtype == x.dtype else y.to(x.dtype)
-    if overwrite and not tracked() and not x.requires_grad and x.is_contiguous():
+    # A contiguous tensor of one column may have any stride there, and `rows` copies where it is not 1.
+    if overwrite and not tracked() and not x.requires_grad and x.is_contiguous() and x.stride(-1) == 1:
         if x.numel():
             flat = rows(x)
             kernel(backend, "column_scale").forward(flat, s.contiguous(), flat)
+            increment_version(x)
         return x
     out: Tensor = _differentiable(x, s, backend)
     return out
@@ -122,6 +126,7 @@ dispatch.limit("column_scale", _launch_costs_more)
 
 
 def _check(x: Tensor, s: Tensor) -> None:
+    check_floating("x", x)
     if s.dim() != 1 or x.shape[-1:] != s.shape:
         raise ValueError(f"x {tuple(x.shape)}, s {tuple(s.shape)}: want x [..., C], s [C]")
 

@@ -22,6 +22,16 @@ def check_probability(p: float) -> None:
         raise ValueError(f"dropout probability {p}: want 0 <= p < 1")
 
 
+def check_dropout(p: float, seed: Tensor | None, x: Tensor) -> None:
+    """Raise ValueError for p outside [0, 1), and for a seed that is not int64 [1] on x's device."""
+    check_probability(p)
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+        came = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}" if isinstance(seed, Tensor) else repr(seed)
+        raise ValueError(f"seed {came}: want a tensor, int64 [1] on {x.device}")
+
+
 def threshold(p: float) -> int:
     """p in units of 2⁻¹⁶, rounded: elements whose random bits are below it are dropped."""
     return min(int(p * 2**16 + 0.5), 2**16 - 1)
@@ -58,7 +68,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     `seed` int64 [1] on x's device, or None when p is 0. Raises ValueError for p outside [0, 1).
     Source: Srivastava et al. 2014, "Dropout".
     """
-    check_probability(p)
+    check_dropout(p, seed, x)
     if p == 0.0 or seed is None:
         return x
     columns = x.shape[-1]

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from peftkern import dispatch
 from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, requires_grad, rows, shaped, tracked
-from peftkern.ops._operands import check_base, sizes
+from peftkern.ops._operands import check_base, number, of_one_dtype, sizes
 from peftkern.ops._scales import epilogue, operands, unfolded
-from peftkern.ops.dropout import check_probability, dropout, new_seed
+from peftkern.ops.dropout import check_dropout, dropout, new_seed
 
 
 def reference(
@@ -33,32 +34,41 @@ def reference(
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """base + s · (drop(x) Aᵀ) Bᵀ in x's dtype, where base is x Wᵀ + bias, `base_out`, or nothing.
+    """base + s · (drop(x) Aᵀ) Bᵀ in the base's dtype, where base is x Wᵀ + bias, `base_out`, or nothing.
 
     With column_scale c [N] all but the bias is scaled: bias + c ⊙ (base - bias + s · (drop(x) Aᵀ) Bᵀ).
     rank_scale d [R] and update_scale e [N] scale the update alone: s · e ⊙ (d ⊙ drop(x) Aᵀ) Bᵀ.
     x [..., K] · a [R, K] · b [N, R] · weight [N, K] · bias [N] · base_out [..., N] -> [..., N].
-    x f16/bf16/f32/f64; a, b and c may be f32 while x is half: update and scaling are then computed in f32.
+    x f16/bf16/f32/f64; a, b and c may be f32 while x is half: update and scaling are then computed in f32. The result
+    has base_out's dtype, x's without one.
     Source: Hu et al. 2021 (arXiv:2106.09685), eq. 3; column scale: Liu et al. 2024 (arXiv:2402.09353), eq. 5;
     rank and update scale: Kopiczko et al. 2024 (arXiv:2310.11454), eq. 2.
     The oracle: never optimise it.
     """
     _check(x, a, b, weight, bias, base_out, column_scale, rank_scale, update_scale)
-    compute = torch.promote_types(x.dtype, a.dtype)
+    compute = torch.promote_types(torch.promote_types(x.dtype, a.dtype), b.dtype)
     hidden = dropout(x.to(compute), p, seed) @ a.to(compute).T
     if rank_scale is not None:
         hidden = hidden * rank_scale.to(compute)
     update = scale * (hidden @ b.to(compute).T)
     y = (update if update_scale is None else update * update_scale.to(compute)).to(x.dtype)
-    if column_scale is None:
-        if weight is not None:
-            base_out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return y if base_out is None else base_out + y.to(base_out.dtype)
+    if base_out is not None:
+        return _onto(base_out, y, bias, column_scale)
+    if weight is not None and column_scale is None:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)) + y
     if weight is not None:
         y = F.linear(x, weight.to(x.dtype)) + y
-    elif base_out is not None:
-        y = (base_out if bias is None else base_out - bias.to(base_out.dtype)) + y.to(base_out.dtype)
-    y = (column_scale * y).to(y.dtype)
+    return _scaled(y, bias, column_scale)
+
+
+def _onto(base_out: Tensor, update: Tensor, bias: Tensor | None, column_scale: Tensor | None) -> Tensor:
+    """bias + c ⊙ (base_out - bias + update) in base_out's dtype."""
+    base = base_out if bias is None else base_out - bias.to(base_out.dtype)
+    return _scaled(base + update.to(base.dtype), bias, column_scale)
+
+
+def _scaled(y: Tensor, bias: Tensor | None, column_scale: Tensor | None) -> Tensor:
+    y = y if column_scale is None else (column_scale * y).to(y.dtype)
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -76,14 +86,15 @@ def low_rank(
     update_scale: Tensor | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Fused base + s · (drop(x) Aᵀ) Bᵀ; arguments and result as `reference`.
 
     With `weight` [N, K] the frozen linear itself runs inside, and backward writes dx once. With `base_out` the update
-    lands on that tensor, which is consumed: without a graph it may be written in place. With neither the update alone
-    is returned. A call that is small and plain (no dropout, no scales, one dtype) is three products of PyTorch, faster
-    there than any kernel's launch: see `_WORTH_A_CALL`. Saves x, h = drop(x) Aᵀ [M, R] in f32 and the seed; the dropout
-    mask is regenerated in backward.
+    lands on that tensor; `overwrite` says that it is a fresh one which nobody else reads, so that without a graph the
+    result may take its place. With neither the update alone is returned. A call that is small and plain (no dropout, no
+    scales, one dtype) is three products of PyTorch, faster there than any kernel's launch: see `_WORTH_A_CALL`. Saves
+    x, h = drop(x) Aᵀ [M, R] in f32 and the seed; the dropout mask is regenerated in backward.
 
     The column scale is part of the same epilogue. When it is trained, the base's output z₀ (x Wᵀ, or `base_out`) is
     saved as well, M · N elements, and dc[n] = Σ_m dy · z₀ + s · Σ_r b ⊙ (dyᵀ h) comes from the pass over dy that db
@@ -95,17 +106,25 @@ def low_rank(
     are the two vectors. Their gradients come from db.
 
     A `weight` or `bias` that requires grad gets its gradient through the plain linear layer.
-    Raises ValueError for shapes that do not chain and for p outside [0, 1).
+    Raises ValueError for shapes that do not chain, dtypes that are no floating ones, a seed that is none and for p
+    outside [0, 1); TypeError for a scale that requires grad.
     """
     m, k, n, r = _check(x, a, b, weight, bias, base_out, column_scale, rank_scale, update_scale)
-    check_probability(p)
+    check_dropout(p, seed, x)
+    scale = number("low_rank", scale)
     x = cast(x, autocast_dtype(x))
+    if a.dtype != b.dtype:
+        a, b = of_one_dtype(a, b)
     if p > 0.0 and seed is None:
         seed = new_seed(x.device)
+    if base_out is not None and base_out.dtype != x.dtype:
+        update = low_rank(x, a, b, scale=scale, rank_scale=rank_scale, update_scale=update_scale, p=p, seed=seed)
+        return _onto(base_out, update, bias, column_scale)
     if bias is not None and bias.requires_grad and torch.is_grad_enabled() and column_scale is not None:
+        base_out = None if base_out is None else base_out - bias.to(base_out.dtype)
         y = low_rank(
-            x, a, b, scale=scale, weight=weight, base_out=None if base_out is None else base_out - bias,
-            column_scale=column_scale, rank_scale=rank_scale, update_scale=update_scale, p=p, seed=seed,
+            x, a, b, scale=scale, weight=weight, base_out=base_out, column_scale=column_scale, rank_scale=rank_scale,
+            update_scale=update_scale, p=p, seed=seed,
         )  # fmt: skip
         return y + bias.to(y.dtype)
     if weight is not None and torch.is_grad_enabled() and requires_grad(weight, bias):
@@ -117,7 +136,7 @@ def low_rank(
     backend = choose("low_rank", x, a, M=m, K=k, N=n, R=r, plain=plain)
     if backend == "reference" or r == 0 or k == 0 or n == 0:
         if plain and r > 0 and k > 0:
-            return _three_products(x, a, b, scale, weight, bias, base_out)
+            return _three_products(x, a, b, scale, weight, bias, base_out, overwrite)
         return reference(
             x, a, b, scale=scale, weight=weight, bias=bias, base_out=base_out, column_scale=column_scale,
             rank_scale=rank_scale, update_scale=update_scale, p=p, seed=seed,
@@ -125,12 +144,14 @@ def low_rank(
     if not tracked():
         if weight is not None and column_scale is None and not _update_first(x, backend):
             base_out, weight = F.linear(x, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)), None
-        if base_out is not None and _writable(base_out, x):
+            overwrite = True
+        if base_out is not None and overwrite and _writable(base_out):
             if x.numel():
                 kernel(backend, "low_rank").forward(
                     rows(x), *operands(x, a, b, rank_scale, update_scale), rows(base_out),
                     scale, p, seed, None, *epilogue(column_scale, bias, True),
                 )  # fmt: skip
+                increment_version(base_out)
             return base_out
     keep = column_scale is not None and column_scale.requires_grad and torch.is_grad_enabled()
     out: Tensor = _differentiable(x, a, b, weight, bias, base_out, *scales, scale, p, seed, backend, keep)[0]
@@ -138,19 +159,27 @@ def low_rank(
 
 
 def _three_products(
-    x: Tensor, a: Tensor, b: Tensor, scale: float, weight: Tensor | None, bias: Tensor | None, base_out: Tensor | None
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_out: Tensor | None,
+    overwrite: bool,
 ) -> Tensor:
     """base + s · (x Aᵀ) Bᵀ as PyTorch has it, for sizes where a kernel of our own costs more to call than it saves."""
     if weight is not None:
         base_out = F.linear(x, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype))
+        overwrite = True
     hidden = F.linear(x, a)
     if base_out is None:
         return scale * F.linear(hidden, b)
-    if not tracked() and _writable(base_out, x):
+    if overwrite and not tracked() and _writable(base_out):
         rows(base_out).addmm_(rows(hidden), b.T, alpha=scale)
         return base_out
     # Backward multiplies by the scale once here, and twice after addmm.
-    return torch.add(base_out, cast(F.linear(hidden, b), base_out.dtype), alpha=scale)
+    return torch.add(base_out, F.linear(hidden, b), alpha=scale)
 
 
 _WORTH_A_CALL = {torch.float32: 1 << 16, torch.bfloat16: 1 << 10, torch.float16: 1 << 10}
@@ -173,8 +202,9 @@ def _call_costs_more(
 dispatch.limit("low_rank", _call_costs_more)
 
 
-def _writable(base_out: Tensor, x: Tensor) -> bool:
-    return base_out.is_contiguous() and base_out.dtype == x.dtype and not base_out.requires_grad
+def _writable(base_out: Tensor) -> bool:
+    # A contiguous tensor of one column may have any stride there, and `rows` copies where it is not 1.
+    return base_out.is_contiguous() and base_out.stride(-1) == 1 and not base_out.requires_grad
 
 
 def _forward(
@@ -200,13 +230,13 @@ def _forward(
         small = operands(x, a, b, rank_scale, update_scale)
         h = kernel(backend, "low_rank").forward(x2, *small, y, scale, p, seed, None, None, shift, True)
         y.addmm_(x2, cast(weight, x.dtype).T)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], n), h, None
+        return shaped(y, x), h, None
     base: Tensor | None = None
     if weight is not None:
         inside = cast(bias, x.dtype) if bias is not None and column_scale is None else None
         base = F.linear(x2, cast(weight, x.dtype), inside)
     elif base_out is not None:
-        base = base_out.to(x.dtype).reshape(x2.shape[0], n)
+        base = base_out.reshape(x2.shape[0], n)
         base = base if base.stride(-1) == 1 else base.contiguous()
     if base is None:
         y = x.new_zeros(x2.shape[0], n)
@@ -222,7 +252,7 @@ def _forward(
             *epilogue(column_scale, bias, base_out is not None),
         )  # fmt: skip
     kept = base if keep and weight is not None else None
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], n), h, kept
+    return shaped(y, x), h, kept
 
 
 def _update_first(x: Tensor, backend: str) -> bool:
@@ -269,8 +299,8 @@ def _backward(
         dx = x.new_zeros(x2.shape) if weight is None else torch.mm(*_input_gradient(dy2, weight, c))
     if x2.shape[0] == 0:
         like = zip((a, b, column_scale, rank_scale, update_scale), needs[1:], strict=True)
-        zeros = (torch.zeros_like(t) if need and t is not None else None for t, need in like)
-        return None if dx is None else dx.view(x.shape), *zeros
+        zeros = (t.new_zeros(t.shape) if need and t is not None else None for t, need in like)
+        return None if dx is None else shaped(dx, x), *zeros
     base2 = rows(base) if need_c and base is not None else None
     dc = dy2.new_zeros(b.shape[0], dtype=torch.float32) if need_c else None
     wide_a, wide_b = operands(x, a, b, rank_scale, update_scale, c is not None)
@@ -330,7 +360,6 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, a, b, weight, bias, base_out, column_scale, rank_scale, update_scale, ctx.scale, ctx.p, seed = inputs[:12]
     ctx.backend, keep = inputs[12:]
-    ctx.base_dtype = None if base_out is None else base_out.dtype
     base = (output[2] if base_out is None and weight is not None else base_out) if keep else None
     bias = bias if keep and base_out is not None else None
     ctx.save_for_backward(x, a, b, output[1], weight, bias, base, column_scale, rank_scale, update_scale, seed)
@@ -354,7 +383,7 @@ def _gradients(backward: Any, ctx: Any, dy: Tensor | None, *_others: Tensor | No
     )
     d_base = None
     if need[5]:
-        d_base = dy.to(ctx.base_dtype) if c is None else (dy * c.to(dy.dtype)).to(ctx.base_dtype)
+        d_base = dy if c is None else dy * c.to(dy.dtype)
     return dx, da, db, None, None, d_base, *scales, None, None, None, None, None
 
 

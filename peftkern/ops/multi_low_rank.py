@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,9 +13,21 @@ from torch import Tensor
 
 from peftkern.ops._adapters import table
 from peftkern.ops._draw import Draw
-from peftkern.ops._op import Op, autocast_dtype, autograd, choose, kernel, requires_grad, rows
-from peftkern.ops._operands import check_base
-from peftkern.ops.dropout import check_probability, dropout, new_seed
+from peftkern.ops._op import (
+    Op,
+    autocast_dtype,
+    autograd,
+    cast,
+    choose,
+    compiling,
+    kernel,
+    requires_grad,
+    rows,
+    shaped,
+    transformed,
+)
+from peftkern.ops._operands import check_base, check_floating, number, of_one_dtype
+from peftkern.ops.dropout import check_dropout, dropout, new_seed
 
 
 def reference(
@@ -30,7 +43,7 @@ def reference(
     p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """base + s_i · (drop(x) A_iᵀ) B_iᵀ with i = index, in x's dtype; base is x Wᵀ + bias, `base_out`, or nothing.
+    """base + s_i · (drop(x) A_iᵀ) B_iᵀ with i = index in the base's dtype; base is x Wᵀ + bias, `base_out`, or nothing.
 
     x [..., K] · a G tensors [R_i, K] · b G tensors [N, R_i] · index int64, -1 for no adapter, of the shape of x's
     leading dimensions or of the first of them: [B] for x [B, S, K] is one adapter per sequence · scales G numbers
@@ -39,7 +52,7 @@ def reference(
     arXiv:2310.18547). The oracle: never optimise it.
     """
     _check(x, a, b, index, scales, weight, bias, base_out)
-    compute = torch.promote_types(x.dtype, a[0].dtype)
+    compute = functools.reduce(torch.promote_types, (t.dtype for t in (x, *a, *b)))
     n, k = b[0].shape[0], x.shape[-1]
     chosen = index.reshape(*index.shape, *[1] * (x.dim() - 1 - index.dim())).expand(x.shape[:-1]).reshape(-1, 1)
     dropped = dropout(x.to(compute), p, seed).reshape(-1, k) if k else x.new_zeros(chosen.shape[0], 0, dtype=compute)
@@ -73,25 +86,28 @@ def multi_low_rank(
     row, stacked or padded. An adapter without rows gets zero gradients. `weight` and `base_out` as in `low_rank`; the
     mask of dropout is that of `low_rank` for the same seed. Saves x, h = drop(x) A_iᵀ [M, largest R] in f32 and the
     seed. An index outside [-1, G) raises on the CPU; on a GPU, which is not waited for, it counts as no adapter.
-    Raises ValueError for shapes that do not chain, for no adapter at all and for p outside [0, 1).
+    Raises ValueError for shapes that do not chain, dtypes that are no floating ones, for no adapter at all, a seed that
+    is none and for p outside [0, 1); TypeError for a scale that requires grad.
     """
     least = _check(x, a, b, index, scales, weight, bias, base_out)
-    check_probability(p)
-    x = x.to(autocast_dtype(x))
+    check_dropout(p, seed, x)
+    numbers = [float(number("multi_low_rank", scale)) for scale in scales]
+    x = cast(x, autocast_dtype(x))
     if p > 0.0 and seed is None:
         seed = new_seed(x.device)
     if weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         base_out, weight, bias = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)), None, None
+    if base_out is not None and base_out.dtype != x.dtype:
+        return base_out + multi_low_rank(x, a, b, index, scales=numbers, p=p, seed=seed).to(base_out.dtype)
     sizes = {"M": math.prod(x.shape[:-1]), "K": x.shape[-1], "N": b[0].shape[0]}
     # Dropout means training, though under a reentrant checkpoint the first forward runs without a graph.
     grad = p > 0.0 or (torch.is_grad_enabled() and requires_grad(x, a, b, base_out))
     backend = choose("multi_low_rank", x, a[0], grad, **sizes)
     if backend == "reference" or least == 0:
-        return reference(
-            x, a, b, index, scales=scales, weight=weight, bias=bias, base_out=base_out, p=p, seed=seed
-        )
+        if index.device.type == "cpu" and not compiling() and not transformed():
+            _check_range(index, len(a))
+        return reference(x, a, b, index, scales=scales, weight=weight, bias=bias, base_out=base_out, p=p, seed=seed)
     a, b = _of_one_dtype(a, b)
-    numbers = [float(scale) for scale in scales]
     y: Tensor = _differentiable(x, a, b, index, weight, bias, base_out, numbers, p, seed, backend)[0]
     return y
 
@@ -103,10 +119,8 @@ def _of_one_dtype(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[list[Tensor
         same = same and t.dtype == first and t.is_contiguous()
     if same:
         return list(a), list(b)
-    wide = first
-    for t in (*a, *b):
-        wide = torch.promote_types(wide, t.dtype)
-    return [t.to(wide).contiguous() for t in a], [t.to(wide).contiguous() for t in b]
+    both = [t.contiguous() for t in of_one_dtype(*a, *b)]
+    return both[: len(a)], both[len(a) :]
 
 
 def _forward(
@@ -128,14 +142,14 @@ def _forward(
     elif base_out is None:
         y = x.new_zeros(x2.shape[0], n)
     else:
-        y = base_out.to(x.dtype).reshape(x2.shape[0], n).clone(memory_format=torch.contiguous_format)
-    shape, adapters = (*x.shape[:-1], n), table(a, b, scales)
+        y = base_out.reshape(x2.shape[0], n).clone(memory_format=torch.contiguous_format)
+    adapters = table(a, b, scales)
     if x2.shape[0] == 0:
-        return y.view(shape), x.new_empty(0, adapters.sizes[0], dtype=torch.float32)
+        return shaped(y, x), x.new_empty(0, adapters.sizes[0], dtype=torch.float32)
     h = kernel(backend, "multi_low_rank").forward(
         x2, adapters.cells, index.reshape(-1).contiguous(), y, *adapters.sizes, p, seed
     )
-    return y.view(shape), h
+    return shaped(y, x), h
 
 
 def _backward(
@@ -171,7 +185,7 @@ def _backward(
             if parts:
                 pieces = flat.split([t.numel() for t in parts])
                 torch._foreach_copy_([t.view(-1) for t in parts], list(pieces))
-    return None if dx is None else dx.view(x.shape), das, dbs
+    return None if dx is None else shaped(dx, x), das, dbs
 
 
 def _fake(
@@ -192,8 +206,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, a, b, index, weight, _bias, base_out, ctx.scales, ctx.p, seed, ctx.backend = inputs
-    ctx.base_dtype = None if base_out is None else base_out.dtype
+    x, a, b, index, weight, _bias, _base_out, ctx.scales, ctx.p, seed, ctx.backend = inputs
     ctx.count = len(a)
     ctx.save_for_backward(x, index, output[1], weight, seed, *a, *b)
     ctx.mark_non_differentiable(output[1])
@@ -210,7 +223,7 @@ def _gradients(backward: Any, ctx: Any, dy: Tensor | None, _dh: Tensor | None) -
     dx, das, dbs = backward(
         dy, x, a, b, index, h, weight, ctx.scales, ctx.p, seed, ctx.backend, need_x, any(needs_a), any(needs_b)
     )
-    d_base = dy.to(ctx.base_dtype) if ctx.needs_input_grad[6] else None
+    d_base = dy if ctx.needs_input_grad[6] else None
     return (
         dx if need_x else None,
         [grad if need else None for grad, need in zip(das or none, needs_a, strict=True)],
@@ -249,7 +262,7 @@ def _check(
     base_out: Tensor | None,
 ) -> int:
     """Validate the shapes and return the smallest of K, N and the ranks."""
-    if not len(a) == len(b) == len(scales) or not a:
+    if not len(a) == len(b) == len(scales) or len(a) == 0:
         raise ValueError(f"{len(a)} a, {len(b)} b, {len(scales)} scales: want as many of each, and at least one")
     k, n = x.shape[-1] if x.dim() else 0, b[0].shape[0] if b[0].dim() else 0
     least = min(k, n)
@@ -261,7 +274,10 @@ def _check(
                 f"b [N, R] with one K and one N = {n}"
             )
         least = min(least, first[0])
+    check_floating("x", x)
     lead = x.shape[:-1]
+    if not isinstance(index, Tensor):
+        raise ValueError(f"index {type(index).__name__}: want an int64 tensor")
     if index.dtype != torch.int64 or index.dim() == 0 or index.shape != lead[: index.dim()]:
         raise ValueError(
             f"index {index.dtype} {tuple(index.shape)}: want int64 in the shape of x's leading dimensions "
@@ -271,6 +287,13 @@ def _check(
     if bias is not None and (weight is None or bias.shape != (n,)):
         raise ValueError(f"bias {tuple(bias.shape)}: want [N] = {(n,)}, together with weight")
     return least
+
+
+def _check_range(index: Tensor, count: int) -> None:
+    """What the cpu backend checks, in its words."""
+    if index.numel() and (index.min() < -1 or index.max() >= count):
+        row, wrong = next((row, i) for row, i in enumerate(index.flatten().tolist()) if not -1 <= i < count)
+        raise RuntimeError(f"multi_low_rank: index[{row}] is {wrong}, want -1 to {count - 1}")
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:

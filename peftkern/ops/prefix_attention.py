@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import dispatch
-from peftkern.ops._op import Op, autocast_dtype, autograd, choose, kernel
-from peftkern.ops.dropout import check_probability, dropout, new_seed
+from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel
+from peftkern.ops._operands import check_floating, number
+from peftkern.ops.dropout import check_dropout, dropout, new_seed
 
 
 def reference(
@@ -73,13 +74,14 @@ def prefix_attention(
     Saves its inputs, the output, and of each query the highest score and the sum of exponentials; gradients of a
     prefix [Hkv, T, D] are summed over the batch in a fixed order. `mask` gets no gradient. On a GPU many queries
     without dropout go to PyTorch's fused attention over the concatenation, which is faster there. Raises ValueError for
-    shapes that do not fit and for p outside [0, 1).
+    shapes that do not fit, dtypes that are no floating ones, a seed that is none and for p outside [0, 1); TypeError
+    for a scale that requires grad.
     """
     _check(q, k, v, pk, pv, mask)
-    check_probability(p)
+    check_dropout(p, seed, q)
     dtype = autocast_dtype(q)
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else number("prefix_attention", scale)
     if p > 0.0 and seed is None:
         seed = new_seed(q.device)
     backend = choose(
@@ -102,14 +104,14 @@ def _concatenated(
     q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
     """The same as PyTorch has it: its fused attention over the concatenation."""
-    from torch.nn.attention.bias import causal_lower_right  # brings torch._dynamo
-
     (b, hq, s, _), (hkv, length), t = q.shape, k.shape[1:3], pk.shape[-2]
     keys, values = (
         torch.cat([prefix.to(q.dtype).expand(b, hkv, -1, -1), text], 2) for prefix, text in ((pk, k), (pv, v))
     )
     bias: Any = None
     if causal and mask is None and 1 < s <= length:  # every query sees the whole prefix, so that the corner is the end
+        from torch.nn.attention.bias import causal_lower_right  # brings torch._dynamo
+
         bias = causal_lower_right(s, t + length)
     elif mask is not None or (causal and s > 1):
         seen = torch.ones(1, 1, s, length, dtype=torch.bool, device=q.device) if mask is None else mask.detach()
@@ -238,6 +240,7 @@ _differentiable = autograd(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, mask: Tensor | None) -> None:
+    check_floating("q", q)
     if not _chained(q, k, v, pk, pv):
         shapes = [tuple(t.shape) for t in (q, k, v, pk, pv)]
         raise ValueError(
@@ -272,9 +275,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dic
     def rand(*shape: int, dt: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dt)
 
-    def case(
-        b: int, hq: int, hkv: int, s: int, length: int, t: int, d: int, dt: torch.dtype = dtype
-    ) -> dict[str, Any]:
+    def case(b: int, hq: int, hkv: int, s: int, length: int, t: int, d: int, dt: torch.dtype = dtype) -> dict[str, Any]:
         return {
             "q": rand(b, hq, s, d),
             "k": rand(b, hkv, length, d),

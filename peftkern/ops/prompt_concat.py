@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern.ops._draw import Draw
-from peftkern.ops._op import Op, autograd, choose, kernel
+from peftkern.ops._op import Op, autograd, cast, choose, kernel
 
 IGNORED = -100
 
@@ -67,6 +67,7 @@ def reference(
     new_mask = torch.where(source < 0, ones, mask.gather(1, clamped) if length else ones)
     positions = (new_mask.cumsum(1) - 1).clamp(0)
     if labels is not None:
+        labels = labels.to(torch.int64)
         labels = torch.where(source < 0, IGNORED, labels.gather(1, clamped) if length else ones)
     return Prompted(out, new_mask, positions, labels)
 
@@ -82,10 +83,13 @@ def prompt_concat(
 ) -> Prompted:
     """Fused embedding look-up and prompt concatenation; arguments and result as `reference`.
 
-    The embedding table is frozen here: a table that requires grad goes through F.embedding first.
-    Saves the mask only. Raises ValueError for shapes that do not fit and unless one of ids and embeds is given.
+    ids and labels may be of any integer dtype. The embedding table is frozen here: a table that requires grad goes
+    through F.embedding first. Saves the mask only. Raises ValueError for shapes that do not fit and unless one of ids
+    and embeds is given.
     """
     mask = _check(prompt, ids, table, embeds, mask, labels)
+    ids = None if ids is None else cast(ids, torch.int64)
+    labels = None if labels is None else cast(labels, torch.int64)
     if ids is not None and _required(table).requires_grad:
         embeds, ids, table = F.embedding(ids, _required(table)), None, None
     source = _required(table if embeds is None else embeds)

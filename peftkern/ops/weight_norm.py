@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from peftkern.ops._draw import Draw
-from peftkern.ops._op import Op, autograd, choose, kernel
+from peftkern.ops._op import Op, autograd, choose, compiling, kernel, transformed, without_autocast
+from peftkern.ops._operands import number
 
 
 def reference(weight: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -20,9 +22,10 @@ def reference(weight: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0) -> Te
     Source: Liu et al. 2024 (arXiv:2402.09353), eq. 5. The oracle: never optimise it.
     """
     _check(weight, a, b)
-    wide = _wide(weight, a)
-    summed = weight.to(wide) + scale * (b.to(wide) @ a.to(wide))
-    norm: Tensor = torch.linalg.vector_norm(summed, dim=1)
+    wide = _wide(weight, a, b)
+    with without_autocast(weight):
+        summed = weight.to(wide) + scale * (b.to(wide) @ a.to(wide))
+        norm: Tensor = torch.linalg.vector_norm(summed, dim=1)
     return norm
 
 
@@ -38,12 +41,29 @@ def weight_norm(weight: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0) -> 
     Raises ValueError for shapes that do not chain.
     """
     _check(weight, a, b)
+    scale = number("weight_norm", scale)
     weight = weight.detach() if weight.requires_grad else weight
-    backend = choose("weight_norm", weight, a, N=weight.shape[0], K=weight.shape[1], R=a.shape[0])
+    backend = choose(
+        "weight_norm", weight, a if b.dtype != torch.float64 else b, N=weight.shape[0], K=weight.shape[1], R=a.shape[0]
+    )
     if backend == "reference" or 0 in (*weight.shape, a.shape[0]):
         return reference(weight, a, b, scale=scale)
     norm: Tensor = _differentiable(weight, a, b, scale, backend)
     return norm
+
+
+class _Kept(NamedTuple):
+    """A norm, and what tells whether it is still that of its tensors."""
+
+    key: tuple[Any, ...]
+    storages: tuple[StorageWeakRef, ...]
+    norm: Tensor
+
+    def stale(self) -> bool:
+        """A storage is gone, its address free for others; or the norm, made in inference mode, cannot be saved now."""
+        if any(storage.expired() for storage in self.storages):  # type: ignore[no-untyped-call]
+            return True
+        return self.norm.is_inference() and not torch.is_inference_mode_enabled()
 
 
 class NormCache:
@@ -63,14 +83,12 @@ class NormCache:
 
     def __init__(self) -> None:
         self.computed = 0
-        self._key: tuple[Any, ...] | None = None
-        self._storages: tuple[StorageWeakRef, ...] = ()
-        self._norm: Tensor | None = None
+        self._kept: _Kept | None = None  # at once, for threads that share the cache
         self._had_gradients = False
 
     def __call__(self, weight: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0) -> Tensor:
         """‖W + s · B A‖₂ per row, detached, and at least the smallest normal number, so that one may divide by it."""
-        if torch.compiler.is_compiling():
+        if compiling() or transformed():
             return _divisor(weight, a, b, scale)
         tensors = (weight, a, b)
         if any(t.is_inference() for t in tensors) or (a.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -81,21 +99,15 @@ class NormCache:
         stepped = self._had_gradients and not has_gradients
         self._had_gradients = has_gradients
         key = (scale, *((t.data_ptr(), t._version, t.dtype, t.device, t.shape, t.stride()) for t in tensors))
-        if stepped or self._norm is None or key != self._key or self._stale():
-            self._norm = _divisor(weight, a, b, scale)
-            self._key, self._storages = key, tuple(_weak(t) for t in tensors)
+        kept = self._kept
+        if stepped or kept is None or key != kept.key or kept.stale():
+            kept = self._kept = _Kept(key, tuple(_weak(t) for t in tensors), _divisor(weight, a, b, scale))
             self.computed += 1
-        return self._norm
-
-    def _stale(self) -> bool:
-        """A storage is gone, its address free for others; or the norm, made in inference mode, cannot be saved now."""
-        if any(storage.expired() for storage in self._storages):  # type: ignore[no-untyped-call]
-            return True
-        return self._norm is not None and self._norm.is_inference() and not torch.is_inference_mode_enabled()
+        return kept.norm
 
     def clear(self) -> None:
         """Forget the norm."""
-        self._key, self._storages, self._norm = None, (), None
+        self._kept = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -113,8 +125,8 @@ def _divisor(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
-def _wide(weight: Tensor, a: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+def _wide(*tensors: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
 
 
 def _transposed(weight: Tensor) -> bool:
@@ -138,13 +150,13 @@ def _backward(
     dnorm: Tensor, weight: Tensor, a: Tensor, b: Tensor, norm: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     a_, b_ = a.float(), b.float()
-    u = torch.where(norm > 0, dnorm / norm, 0.0)[:, None]
+    u = torch.where(norm == 0, 0.0, dnorm / norm)[:, None]  # a NaN goes through
     products = kernel(backend, "weight_norm").backward(*_as_stored(weight, a_, u * b_))
     # wide is W: W Aᵀ and (u B)ᵀ W. wide is Wᵀ: Wᵀ (u B) and A Wᵀ.
     weight_a, b_weight = (products[1].T, products[0].T) if _transposed(weight) else products
     db = scale * u * (weight_a + scale * (b_ @ (a_ @ a_.T)))
     da = scale * (b_weight + scale * (((u * b_).T @ b_) @ a_))
-    return da.to(a.dtype), db.to(b.dtype)
+    return da.to(a.dtype).contiguous(), db.to(b.dtype).contiguous()
 
 
 def _fake(weight: Tensor, a: Any, b: Any, scale: Any, backend: Any) -> Tensor:
@@ -227,5 +239,5 @@ def draw(draw: Draw) -> dict[str, Any]:
 
 OP = Op(
     "weight_norm", weight_norm, reference, samples, draw=draw,
-    frozen=("weight",), rows=("weight", "b"), compiled=("97x200-r8", "f32-adapters"),
+    frozen=("weight",), rows=("weight", "b"), compiled=("97x200-r8", "f32-adapters", "transposed"),
 )  # fmt: skip

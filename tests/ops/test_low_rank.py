@@ -47,9 +47,11 @@ def test_without_a_graph_the_base_output_is_scaled_in_place(backend: str) -> Non
     base_out = torch.randn(M, N, device=given["x"].device)
     want = reference(**given, base_out=base_out.clone())
     with torch.no_grad():
-        got = low_rank(**given, base_out=base_out)
-    assert got is base_out
+        kept = low_rank(**given, base_out=base_out)
+        got = low_rank(**given, base_out=base_out, overwrite=True)
+    assert got is base_out and kept is not base_out
     torch.testing.assert_close(got, want)
+    torch.testing.assert_close(kept, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

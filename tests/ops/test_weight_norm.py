@@ -141,7 +141,7 @@ def test_the_cache_keeps_no_tensor_alive_and_copies_start_empty(case: Case) -> N
     dead = weakref.ref(case.weight)
     storage = torch.multiprocessing.reductions.StorageWeakRef(case.weight.untyped_storage())
     for other in (copy.deepcopy(case.cache), pickle.loads(pickle.dumps(case.cache))):
-        assert other.computed == 0 and other._norm is None
+        assert other.computed == 0 and other._kept is None
         other(case.weight, case.a, case.b)
         assert other.computed == 1
     case.weight = nn.Parameter(torch.randn(6, 8))
