@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import rows
-from peftkern.base import BaseLayer
+from peftkern.base import BaseLayer, check_no_replica
 from peftkern.errors import MergeError
 
 
@@ -32,6 +32,7 @@ class AdaptedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The base's output with every active adapter applied."""
+        check_no_replica(self)
         mixed = self.batch.rows
         if mixed is not None:
             return rows.forward(self, mixed, x)

@@ -190,8 +190,9 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "Config" in cls.__dict__:
-            cls.Config.method = cls
+        config = cls.__dict__.get("Config")
+        if isinstance(config, type) and issubclass(config, AdapterConfig) and "method" not in config.__dict__:
+            config.method = cls  # the first method with this Config keeps it
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from peftkern.adapter import AdapterConfig
 from peftkern.attachment import STATE, Attachment, activate, adapted_modules, attached, known, replace_module, state
-from peftkern.base import is_pretrained
+from peftkern.base import is_pretrained, token_embeddings
 from peftkern.errors import AdapterError, ConfigError, MergeError
 from peftkern.plan import Plan
 
@@ -166,12 +166,27 @@ def merge_and_unload(model: M) -> M:
 
 
 def _note_untied(model: nn.Module) -> None:
-    """A saved model is tied again when it is loaded, unless its configuration says that it no longer is."""
+    """A saved model is tied again when it is loaded, unless its configuration says that it no longer is.
+
+    It says so of all that is tied at once: what still is gets copies, which are then saved.
+    """
     config = getattr(model, "config", None)
     if is_pretrained(model) and getattr(config, "tie_word_embeddings", False):
-        ends = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if None not in ends and ends[0].weight is not ends[1].weight:
+        first, last = token_embeddings(model)
+        if first is not None and last is not None and first.weight is not last.weight:
             model.config.tie_word_embeddings = False
+            _copy_tied(model)
+
+
+def _copy_tied(model: nn.Module) -> None:
+    seen: set[int] = set()
+    for module in model.modules():
+        for key, parameter in list(module._parameters.items()):
+            if id(parameter) in seen:
+                copy = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)  # type: ignore[union-attr]
+                setattr(module, key, copy)
+            elif parameter is not None:
+                seen.add(id(parameter))
 
 
 def _drop_taps(model: nn.Module, attachment: Attachment) -> None:

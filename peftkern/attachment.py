@@ -145,8 +145,9 @@ def activate(model: nn.Module, names: tuple[str, ...]) -> None:
     if attachment.hooks is not None:
         attachment.hooks.activate(names)
     attachment.active = names
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    for name in attachment.configs:
+        for parameter in attachment.parameters_of(model, name).values():
+            parameter.requires_grad_(False)
     for name in names:
         if name in attachment.trainable:
             for key, parameter in attachment.parameters_of(model, name).items():

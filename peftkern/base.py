@@ -6,6 +6,7 @@ Every kind is seen as a linear map with `weight` [N, K]: an embedding maps one-h
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -77,6 +78,7 @@ class BaseLayer:
         module = self.module
         if (
             not self._plain
+            or "forward" in module.__dict__  # accelerate's, where weights are kept elsewhere, or a patch
             or module._forward_hooks
             or module._forward_pre_hooks
             or module._backward_hooks
@@ -89,6 +91,15 @@ class BaseLayer:
             return None
         bias = own["bias"] if "bias" in own else module.bias
         return (weight.T if self._transposed else weight), bias  # type: ignore[return-value, union-attr]
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """Inside, weights that accelerate keeps elsewhere (on disk, on the CPU) are on the device that computes."""
+        hook = getattr(self.module, "_hf_hook", None)
+        if hook is None or not self.weight.is_meta:
+            return nullcontext()
+        from accelerate.utils import align_module_device  # type: ignore[import-untyped]
+
+        return align_module_device(self.module)  # type: ignore[no-any-return]
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The parameters that a merge replaces, by attribute name."""
@@ -122,6 +133,15 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(type(tensor), "full_tensor")
 
 
+def check_no_replica(module: nn.Module) -> None:
+    """Raise RuntimeError for a copy that nn.DataParallel has made: what adapters share is not copied with it."""
+    if "_is_replica" in module.__dict__:
+        raise RuntimeError(
+            "nn.DataParallel copies modules without what adapters share: use one process for each GPU (torchrun, "
+            "accelerate launch), or let CUDA_VISIBLE_DEVICES name one GPU"
+        )
+
+
 def is_supported(module: nn.Module) -> bool:
     """Whether adapters can sit on this module."""
     return isinstance(module, (nn.Linear, nn.Embedding, *_conv1d()))
@@ -130,6 +150,17 @@ def is_supported(module: nn.Module) -> bool:
 def is_pretrained(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Whether this is a model of transformers."""
     return isinstance(model, _loaded("transformers.modeling_utils", "PreTrainedModel"))
+
+
+def token_embeddings(model: nn.Module) -> list[nn.Module | None]:
+    """The model's input and output embeddings, None for one that it does not have or does not know."""
+    found: list[nn.Module | None] = []
+    for end in ("input", "output"):
+        try:
+            found.append(getattr(model, f"get_{end}_embeddings", lambda: None)())
+        except (AttributeError, NotImplementedError):  # a model of images, of sound, of several kinds
+            found.append(None)
+    return found
 
 
 def _conv1d() -> tuple[type[nn.Module], ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from peftkern import registry, targets
 from peftkern.adapter import AdapterConfig, LayerAdapter, LayerConfig, PromptAdapter, Selection
 from peftkern.attachment import adapted_modules, known
-from peftkern.base import is_sharded
+from peftkern.base import is_sharded, token_embeddings
 from peftkern.errors import AdapterError, CheckpointError, ConfigError, TargetError, UnknownMethodError
 from peftkern.plan import Plan
 
@@ -32,6 +33,8 @@ M = TypeVar("M", bound=nn.Module)
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PROMPT_PREFIX = "base_model."
+_SAVED_IN_FULL = re.compile(r"\.modules_to_save\.([^.]+\.(?=.*\.))?")
+"""What PEFT's wrapper of such a module puts into a key, with the adapter's name where it has modules inside."""
 
 
 def save(model: nn.Module, directory: str | Path, name: str = "default") -> Path:
@@ -125,9 +128,11 @@ def load(
     found = read_tensors(directory)
     try:
         carried = _base_weights(model, config, found)
-        plan = Plan(model, replace(config, inference_mode=not trainable), name, carried)
+        # Nothing starts anew what the file holds: not from a tokenizer that the file names, nor by a decomposition.
+        plan = Plan(model, replace(config, inference_mode=True), name, carried)
     except (TargetError, ConfigError) as error:
         raise CheckpointError(f"{directory} does not fit this {type(model).__name__}: {error}") from error
+    plan.config = replace(plan.config, inference_mode=not trainable)
     _fill(directory, found, {_file_key(key, config): p for key, p in plan.tensors().items()}, model)
     plan.commit(trainable)
     return model
@@ -159,18 +164,21 @@ def read_config(directory: str | Path) -> AdapterConfig:
         values = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist: want a directory with {CONFIG_FILE}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
         raise CheckpointError(f"{path} names no peft_type: it is not an adapter's configuration")
     own = values.get("peftkern") or {}
+    if not isinstance(own, dict):
+        raise CheckpointError(f"{path}: peftkern={own!r}: want a mapping of method, distribution and version")
     method = registry.by_peft_type(values["peft_type"])
     if method is None:
         installed = own.get("method", values["peft_type"].lower())
         if installed in registry.names():
             registry.load(installed)  # it is there and cannot be used: this raises why
         distribution = own.get("distribution")
-        hint = f"pip install {distribution}" if distribution else "no distribution is known to provide it"
+        named = isinstance(distribution, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", distribution)
+        hint = f"pip install {distribution}" if named else "no distribution is known to provide it"
         raise UnknownMethodError(f"{path}: method {own.get('method', values['peft_type'])!r} is not installed: {hint}")
     return method.Config.from_dict(values)
 
@@ -301,12 +309,12 @@ def _base_weights(model: nn.Module, config: AdapterConfig, tensors: dict[str, Te
     if config.peft_type is None or issubclass(config.method, Selection):
         return []
     modules = {path: module for path, module in targets.named_modules(model) if path}
-    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    ends = token_embeddings(model)
     embeddings = {path for path, module in modules.items() if any(module is getattr(e, "base_layer", e) for e in ends)}
     whole = set(targets.saved_modules(model, config))
     carried: list[str] = []
     for key in list(tensors):  # with bias="all" it repeats the biases of modules that it saves in full anyway
-        if ".original_module." in key or key.replace(".modules_to_save.", ".") in tensors.keys() - {key}:
+        if ".original_module." in key or _SAVED_IN_FULL.sub(".", key) in tensors.keys() - {key}:
             del tensors[key]
     for key in list(tensors):
         stored = key.removeprefix(_prefix(config)).removesuffix(".weight")
@@ -342,6 +350,8 @@ def _check_fit(directory: Path, found: Mapping[str, Tensor], wanted: Mapping[str
     for key, parameter in wanted.items():
         if key not in found:
             raise CheckpointError(f"{where}: tensor {key} {tuple(parameter.shape)} is missing")
+        if parameter.is_meta:
+            raise CheckpointError(f"{where}: tensor {key} is on the meta device here: give the model its weights first")
         if found[key].shape != parameter.shape:
             raise CheckpointError(
                 f"{where}: tensor {key} is {tuple(found[key].shape)}, wanted {tuple(parameter.shape)}"

@@ -79,7 +79,7 @@ def methods() -> None:
     table = Table(Column("name", no_wrap=True), "summary", "from", Column("paper", no_wrap=True), box=box.SIMPLE_HEAD)
     broken = []
     for name, info in registry.methods().items():
-        paper = info.paper.replace("https://arxiv.org/abs/", "arXiv:")
+        paper = (info.paper or "").replace("https://arxiv.org/abs/", "arXiv:")
         table.add_row(name, info.summary, f"{info.distribution} {info.version}", paper)
         if info.error:
             broken.append(f"{name}: {info.error}")

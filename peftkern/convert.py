@@ -144,6 +144,9 @@ def _fold_rslora(config: AdapterConfig, tensors: dict[str, Tensor]) -> tuple[Ada
     for key, tensor in tensors.items():
         if key.endswith(("lora_B.weight", "lora_embedding_B")):  # [N, R]
             tensor = (tensor.float() * math.sqrt(tensor.shape[1])).to(tensor.dtype)
+        elif key.endswith("lora_B.bias"):
+            rank = tensors[key.removesuffix("bias") + "weight"].shape[1]
+            tensor = (tensor.float() * math.sqrt(rank)).to(tensor.dtype)
         folded[key] = tensor
     return replace(config, use_rslora=False), folded  # type: ignore[call-arg]
 

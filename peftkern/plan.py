@@ -50,12 +50,16 @@ class Plan:
             modules = targets.adaptable(model)
             sites = self.method.sites(model, config)
             bases = {site.path: BaseLayer(modules[site.path], site.path) for site in sites}
-            self.shared = _like(self.method.share(bases, config), next(iter(bases.values()), None))
+            first = next(iter(bases.values()))
+            with first.in_place():
+                self.shared = _like(self.method.share(bases, config), first)
             for site in sites:
                 base = bases[site.path]
-                adapter = self.method(base, config.for_target(site.path) if hasattr(config, "for_target") else config)
+                with base.in_place():
+                    own = config.for_target(site.path) if hasattr(config, "for_target") else config
+                    adapter = _like(self.method(base, own), base)
                 adapter.__dict__["shared"] = self.shared
-                self.layers[site.path] = _like(adapter, base)
+                self.layers[site.path] = adapter
                 if site.source is not None:
                     self.sources[site.path] = site.source
         if issubclass(self.method, PromptAdapter):
@@ -88,6 +92,7 @@ class Plan:
         first = state(model) is None
         if first:
             model.add_module(STATE, Attachment(model))
+            model.requires_grad_(False)  # once: what is made trainable by hand later stays so
         attachment = attached(model)
         attachment.batch.forget()
         if self.shared is not None:
@@ -146,9 +151,9 @@ def _select(model: nn.Module, names: list[str], keep: bool, apart: list[str]) ->
             selection.swap()
 
 
-def _like(module: N, base: BaseLayer | None) -> N:
+def _like(module: N, base: BaseLayer) -> N:
     """The module on the base's device, in the dtype that adapters over it have."""
-    if module is not None and base is not None:
+    if module is not None:
         module.to(base.weight.device, adapter_dtype(base.weight.dtype))
     return module
 

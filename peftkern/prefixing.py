@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peftkern import ops
+from peftkern import ops, prompting
 from peftkern.adapter import KeyValueAdapter
 from peftkern.errors import TargetError
 from peftkern.targets import CACHE_NAMES
@@ -197,8 +197,9 @@ def check(model: nn.Module, layers: int) -> None:
         raise TargetError(f"{kind} has cross-attention: prefixes are for models with self-attention alone")
     if not hasattr(Cache, "get_query_offset"):
         raise TargetError("prefixes need transformers >= 5.17, whose caches tell masks and positions apart")
-    backbone = getattr(model, "base_model", model)
-    found = (getattr(module, "layer_idx", None) for module in backbone.modules())
+    if getattr(model.config, "model_type", None) == "opt":
+        raise TargetError(f"{kind} counts positions by a mask that does not know of a prefix")
+    found = (getattr(module, "layer_idx", None) for module in prompting.backbone(model).modules())
     indices: set[int] = {index for index in found if isinstance(index, int)}
     if indices != set(range(layers)):
         raise TargetError(

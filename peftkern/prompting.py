@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftkern import ops
 from peftkern.adapter import KeyValueAdapter, PromptAdapter, PromptSite
-from peftkern.base import is_pretrained
+from peftkern.base import check_no_replica, is_pretrained, token_embeddings
 from peftkern.errors import TargetError
 from peftkern.ops.prompt_concat import IGNORED, source_index
 from peftkern.targets import CACHE_NAMES
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def site(model: nn.Module) -> PromptSite:
     """Token width, embedding and config of a model; TargetError without a token embedding and for encoder-decoders."""
-    embedding = model.get_input_embeddings() if is_pretrained(model) else None
+    embedding = token_embeddings(model)[0] if is_pretrained(model) else None
     embedding = getattr(embedding, "base_layer", embedding)
     if not isinstance(embedding, nn.Embedding):
         raise TargetError(f"{type(model).__name__} has no token embedding (nn.Embedding) to put a prompt beside")
@@ -30,6 +30,19 @@ def site(model: nn.Module) -> PromptSite:
         kind = type(model).__name__
         raise TargetError(f"{kind} is an encoder-decoder: prompts in front of its input are not supported")
     return PromptSite(embedding.embedding_dim, embedding, config)
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The part of a model that embeds its input and runs all layers, which the model calls whatever its head.
+
+    It is `base_model`, or where that only holds a decoder (OPT, Bart without its encoder) the decoder.
+    """
+    base = getattr(model, "base_model", model)
+    if not isinstance(base, nn.Module):
+        return model
+    decoder = getattr(base, "decoder", None)
+    holds = isinstance(decoder, nn.Module) and hasattr(decoder, "embed_tokens") and not hasattr(base, "encoder")
+    return decoder if holds else base  # type: ignore[return-value]
 
 
 class PromptHooks(nn.Module):
@@ -45,9 +58,8 @@ class PromptHooks(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        backbone = getattr(model, "base_model", model)
         self.__dict__["model"] = model
-        self.__dict__["backbone"] = backbone if isinstance(backbone, nn.Module) else model
+        self.__dict__["backbone"] = backbone(model)
         self.prompts = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         from peftkern.prefixing import Prefixes  # imports transformers
@@ -56,12 +68,14 @@ class PromptHooks(nn.Module):
         self.pools: set[str] = set()
         self.keeps_rows = bool(getattr(model, "can_generate", lambda: False)())
         self._mask: Tensor | None = None
+        self._entered = False
         self._handles = [
             self.backbone.register_forward_pre_hook(self.enter, with_kwargs=True),
             self.backbone.register_forward_hook(self.leave, with_kwargs=True),
         ]
         if model is not self.backbone:
             self._handles.append(model.register_forward_pre_hook(self.extend_labels, with_kwargs=True))
+            self._handles.append(model.register_forward_hook(self.check_entered))
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Make those of `names` that are prompts or prefixes the active ones."""
@@ -87,6 +101,8 @@ class PromptHooks(nn.Module):
         """Put the active prompts and prefixes into the backbone's arguments."""
         if not self.active and not self.prefixes.active:
             return None
+        check_no_replica(module)
+        self._entered = True
         values = _bind(module, args, kwargs)
         past = next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
         if self.active:
@@ -161,6 +177,13 @@ class PromptHooks(nn.Module):
             return None
         index = source_index(torch.ones_like(labels) if mask is None else mask, self.prompt_length())
         return (), values | {"labels": labels.gather(1, index.clamp(0)).masked_fill(index < 0, IGNORED)}
+
+    def check_entered(self, model: nn.Module, _args: Any, _output: Any) -> None:
+        """RuntimeError for a model that has run without its backbone, and so without the prompt."""
+        entered, self._entered = self._entered, False
+        if (self.active or self.prefixes.active) and not entered and not torch.compiler.is_compiling():
+            kind, part = type(model).__name__, type(self.backbone).__name__
+            raise RuntimeError(f"{kind} did not call its {part}: the prompt would be lost")
 
     def prompt_length(self) -> int:
         """T over all active prompts."""

@@ -92,7 +92,7 @@ def by_config(config: AdapterConfig) -> type[Method]:
 
 def by_peft_type(peft_type: str) -> type[Method] | None:
     """The method that stores its checkpoints under this Hugging Face PEFT type, or None."""
-    for name in names():
+    for name in _own_first():
         try:
             method = load(name)
         except PeftkernError:
@@ -105,7 +105,7 @@ def by_peft_type(peft_type: str) -> type[Method] | None:
 def config_classes() -> dict[str, type[AdapterConfig]]:
     """Name -> configuration class of every installed method that can be loaded."""
     found: dict[str, type[AdapterConfig]] = {}
-    for method_name in names():
+    for method_name in _own_first():
         try:
             config = load(method_name).Config
         except PeftkernError:
@@ -114,14 +114,23 @@ def config_classes() -> dict[str, type[AdapterConfig]]:
     return found
 
 
+def _own_first() -> list[str]:
+    """All names, those of peftkern before those of plugins, which so cannot take a built-in method's place."""
+    return sorted(names(), key=lambda name: (_distribution(_entry_points()[name][0])[0] != "peftkern", name))
+
+
 def _load(point: EntryPoint) -> type[Method]:
     where = f"method {point.name!r} of {_distribution(point)[0]} ({point.value})"
     try:
         loaded = point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginLoadError(f"{where} does not import: {type(error).__name__}: {error}") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Method) and hasattr(loaded, "Config")):
         raise PluginLoadError(f"{where} is not a method: want a subclass of peftkern.adapter.Method with a Config")
+    if not (isinstance(loaded.Config, type) and issubclass(loaded.Config, AdapterConfig)):
+        raise PluginLoadError(f"{where}: its Config {loaded.Config!r} is no subclass of AdapterConfig")
+    if loaded.Config.method is not loaded:
+        raise PluginLoadError(f"{where}: its Config belongs to {loaded.Config.method.__name__}: want one of its own")
     if getattr(loaded, "name", None) != point.name:
         raise PluginLoadError(f"{where} calls itself {getattr(loaded, 'name', None)!r}: want the entry point's name")
     return loaded

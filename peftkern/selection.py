@@ -7,6 +7,7 @@ detaching give back the untouched backbone to the bit.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,22 @@ from peftkern.base import is_sharded
 from peftkern.errors import AdapterError
 
 Place = tuple[nn.Module, str]
+
+
+class _Spare(nn.ParameterList):
+    """The halves that are out of the model; those that it holds elsewhere are saved there, and not a second time."""
+
+    held_elsewhere: set[int] = frozenset()  # type: ignore[assignment]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for index in self.held_elsewhere:
+            del destination[f"{prefix}{index}"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for index in self.held_elsewhere:
+            state_dict.setdefault(f"{prefix}{index}", self[index])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class SelectedParameters(nn.Module):
@@ -47,7 +64,13 @@ class SelectedParameters(nn.Module):
         if any(is_sharded(p) for p in parameters.values()):
             raise AdapterError(f"{self.names[0]} is sharded by FSDP2: attach before sharding")
         copies = [nn.Parameter(p.detach().clone()) for p in parameters.values()] if keep_original else []
-        self.spare = nn.ParameterList(copies)
+        self.spare = _Spare(copies)
+        self._held_elsewhere: set[int] = set()  # originals of copies made apart from what they are tied to
+        held = {id(p) for name, p in named if name not in separate and id(p) not in shared}
+        for index, parameter in enumerate(parameters.values()):
+            if id(parameter) in held:
+                self._held_elsewhere.add(index)
+            held.add(id(parameter))
         self.keep_original = keep_original
         self.active = False
 
@@ -64,6 +87,7 @@ class SelectedParameters(nn.Module):
                 setattr(module, attribute, incoming)
             self.spare[index] = outgoing
         self.active = not self.active
+        self.spare.held_elsewhere = self._held_elsewhere if self.active else set()
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Original name -> the copy that trains, wherever it is now."""

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from peftkern.base import BaseLayer, is_pretrained, is_supported
+from peftkern.base import BaseLayer, is_pretrained, is_supported, token_embeddings
 from peftkern.errors import TargetError, near
 
 ATTENTION_PROJECTIONS = (
-    "query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "c_attn", "qkv_proj", "query_key_value",
+    "query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "query_proj", "value_proj", "q", "v",
+    "c_attn", "qkv_proj", "query_key_value", "Wqkv",
 )  # fmt: skip
 """Names under which the field's models keep the query and value projections: the default targets of LoRA's paper."""
 
@@ -51,7 +52,7 @@ def match(model: nn.Module, config: Any) -> list[str]:
     if spec is None:
         spec = [n for n in ATTENTION_PROJECTIONS if any(matches(path, [n]) for path in candidates)] or "all-linear"
     if spec == "all-linear":
-        output = model.get_output_embeddings() if is_pretrained(model) else None  # type: ignore[no-untyped-call]
+        output = token_embeddings(model)[1] if is_pretrained(model) else None
         outputs = {path for path, module in named_modules(model) if module is output}
         chosen = [p for p, m in candidates.items() if not isinstance(m, nn.Embedding) and p not in outputs]
     else:
@@ -134,7 +135,7 @@ def _walk(module: nn.Module, path: str, seen: set[int] | None) -> Iterator[tuple
 
 
 def _inside(path: str, names: Iterable[str] | None) -> bool:
-    return any(name in path.split(".") or path == name or path.endswith("." + name) for name in names or ())
+    return any(f".{name}." in f".{path}." for name in names or ())
 
 
 def saved_names(config: Any) -> list[str]:

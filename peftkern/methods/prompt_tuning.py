@@ -18,8 +18,8 @@ class PromptTuningConfig(PromptConfig):
     """Fields as Hugging Face PEFT's PromptTuningConfig.
 
     prompt_tuning_init: "RANDOM" (standard normal), "SAMPLE_VOCAB" (embeddings of T random tokens) or "TEXT" (embeddings
-    of prompt_tuning_init_text, tokenised by tokenizer_name_or_path, made to fit T). A token_dim that is not the
-    backbone's raises ConfigError.
+    of prompt_tuning_init_text, tokenised by tokenizer_name_or_path, made to fit T; a tokenizer's own code is never run,
+    whatever tokenizer_kwargs say). A token_dim that is not the backbone's raises ConfigError.
     """
 
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
@@ -69,6 +69,7 @@ def _initial(table: Tensor, config: PromptTuningConfig) -> Tensor:
         return table[torch.randint(table.shape[0], (length,)).to(table.device)]
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
+    options = {**(config.tokenizer_kwargs or {}), "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
     ids = torch.tensor(tokenizer(config.prompt_tuning_init_text)["input_ids"], device=table.device)
     return table[ids.repeat(-(-length // len(ids)))[:length]]
