@@ -154,10 +154,11 @@ class Gradients:
     ) -> None:  # fmt: skip
         device = device_of(src)
         self.op = op
-        t = tile(f"{op}/column", precision, rank, device.arch)
+        halved = halving(src, rank, precision)
+        t = tile(f"{op}/column", "pair" if halved else precision, rank, device.arch)
         rows = src.shape[0]
         blocks = cdiv(min(columns), t.block_c) * cdiv(rank, t.block_r)
-        programs = _PAIR_PROGRAMS if halving(src, rank, precision) else _COLUMN_PROGRAMS
+        programs = _PAIR_PROGRAMS if halved else _COLUMN_PROGRAMS
         blocks_m = cdiv(rows, t.block_m)
         per_split = cdiv(blocks_m, row_splits(src, t, programs * device.processors // blocks))
         self.splits = cdiv(blocks_m, per_split)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 from ._common import INTERPRETED
 
@@ -130,9 +131,13 @@ def variant(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> tup
         elif arg is None or kind is float:
             seen.append(kind)
         else:
-            seen.append(arg.dtype)
-            seen.append(arg.data_ptr() % 16 == 0)
+            seen += (arg.dtype, arg.data_ptr() % 16 == 0, within_reach(arg))
     return tuple(seen)
+
+
+def within_reach(arg: Tensor) -> bool:
+    """Whether Triton for ROCm would reach everything of the tensor by offsets of 32 bits; elsewhere it does not ask."""
+    return torch.version.hip is None or arg.untyped_storage().nbytes() < 2**31
 
 
 @contextlib.contextmanager

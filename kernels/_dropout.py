@@ -108,7 +108,8 @@ def hash_rows(x: Tensor, drop: Dropout) -> Dropout:
     """The same dropout on the rows of x [M, C], prepared for passes that walk down the rows."""
     if drop.seed is None or x.numel() < _HASH_ROWS:
         return drop
-    blocks = cdiv(x.shape[0], _MOST_ROWS)
+    # A tile may begin anywhere, and the last one reads the hashes of up to so many rows that are not there.
+    blocks = cdiv(x.shape[0] + _MOST_ROWS - 1, _MOST_ROWS)
     hashes = torch.empty(blocks * _MOST_ROWS, dtype=torch.int64, device=x.device)
     launch(hash_rows_kernel, (blocks,), drop.seed, hashes, BLOCK=_MOST_ROWS, num_warps=4)
     return drop._replace(mode=2, seed=hashes)

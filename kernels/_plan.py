@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._common import INTERPRETED, tf32_allowed
-from ._device import Compiled, Launch, device_of, is_recording, noting, on_device, recording
+from ._device import Compiled, Launch, device_of, is_recording, noting, on_device, recording, within_reach
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 #: Kinds of arguments that a function has plans for at most; then it begins anew.
@@ -114,7 +114,7 @@ def planned(function: _Function) -> _Function:
             if isinstance(arg, Tensor):
                 like = arg if like is None else like
                 addresses.append(address := arg.data_ptr())
-                kind += (arg.shape, arg.stride(), arg.dtype, arg.device, address % 16)
+                kind += (arg.shape, arg.stride(), arg.dtype, arg.device, address % 16, within_reach(arg))
             else:
                 kind.append(arg)
         if like is None:

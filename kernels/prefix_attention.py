@@ -31,10 +31,16 @@ from ._tiles import cdiv, next_power_of_2
 MAX_WIDTH = 256
 
 
+#: Size of a grid in its second dimension.
+_MOST_HEADS = 65535
+
+
 def refuse(device: torch.device, dtype: torch.dtype, **dims: int) -> str | None:
     """Why this backend cannot run for heads of width D on `device` with `dtype`; None when it can."""
     if dims.get("D", 0) > MAX_WIDTH:
         return f"D = {dims['D']}: heads are at most {MAX_WIDTH} wide"
+    if (heads := dims.get("rows", 0) // max(dims.get("S", 1), 1)) > _MOST_HEADS:
+        return f"{heads} heads in the batch: a grid has room for {_MOST_HEADS}"
     return refuse_common(device, dtype, **dims)
 
 

@@ -12,11 +12,11 @@ import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 from torch import Tensor, nn
 
-from peftkern import rows, targets
+from peftkern import fields, rows, targets
 from peftkern.base import BaseLayer
 from peftkern.errors import ConfigError, MergeError, TargetError, near
 
@@ -89,13 +89,13 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, sets as sorted lists."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {key: sorted(v) if isinstance(v, (set, frozenset)) else v for key, v in fields.items()}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {key: sorted(v) if isinstance(v, (set, frozenset)) else v for key, v in values.items()}
 
-    def __new__(cls: type[C], *_args: Any, **fields: Any) -> C:
+    def __new__(cls: type[C], *_args: Any, **given: Any) -> C:
         """An instance; ConfigError, with near names, for a field that there is not."""
         known = cls._names()
-        for name in fields:
+        for name in given:
             if name not in known:
                 raise ConfigError(f"{cls.__name__} has no field {name!r}{near(name, known)}")
         return object.__new__(cls)
@@ -109,14 +109,28 @@ class AdapterConfig:
                 accepted[key] = value
             elif key in cls.neutral and value not in cls.neutral[key]:
                 raise ConfigError(f"{cls.__name__}: {key}={value!r} is not implemented and would change the result")
+        for key, kind in fields.kinds(cls).items():
+            if key not in accepted or (accepted[key] is None and kind not in (bool, int, float)):
+                continue
+            if not fields.fits(accepted[key], kind):
+                raise ConfigError(f"{cls.__name__}: {key}={accepted[key]!r}: want {_said(kind)}")
         try:
             return cls(**accepted)
         except TypeError as error:
             raise ConfigError(f"{cls.__name__}: {error}") from error
 
     @classmethod
+    def from_file(cls: type[C], values: Mapping[str, Any]) -> C:
+        """The same for what a checkpoint says, whose weights are in the file, however they began."""
+        return cls.from_dict(values)
+
+    @classmethod
     def _names(cls) -> set[str]:
         return {field.name for field in dataclasses.fields(cls)}
+
+
+def _said(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,7 +133,9 @@ def load(
     except (TargetError, ConfigError) as error:
         raise CheckpointError(f"{directory} does not fit this {type(model).__name__}: {error}") from error
     plan.config = replace(plan.config, inference_mode=not trainable)
-    _fill(directory, found, {_file_key(key, config): p for key, p in plan.tensors().items()}, model)
+    wanted = {_file_key(key, config): p for key, p in plan.tensors().items()}
+    _drop_tied(model, config, found, wanted)
+    _fill(directory, found, wanted, model)
     plan.commit(trainable)
     return model
 
@@ -180,7 +182,7 @@ def read_config(directory: str | Path) -> AdapterConfig:
         named = isinstance(distribution, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", distribution)
         hint = f"pip install {distribution}" if named else "no distribution is known to provide it"
         raise UnknownMethodError(f"{path}: method {own.get('method', values['peft_type'])!r} is not installed: {hint}")
-    return method.Config.from_dict(values)
+    return method.Config.from_file(values)
 
 
 def read_tensors(directory: str | Path) -> dict[str, Tensor]:
@@ -327,6 +329,20 @@ def _base_weights(model: nn.Module, config: AdapterConfig, tensors: dict[str, Te
         else:
             carried.append(f"{path}.weight")
     return carried
+
+
+def _drop_tied(
+    model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]
+) -> None:
+    """Drop what a file holds once more under another name of a tied parameter, as PEFT writes it with bias="all"."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in targets.named_parameters(model):
+        names.setdefault(id(parameter), []).append(_prefix(config) + name)
+    for tied in names.values():
+        kept = [key for key in tied if key in wanted and key in tensors]
+        for key in tied:
+            if kept and key in tensors and key not in wanted and _same(tensors[key], tensors[kept[0]]):
+                del tensors[key]
 
 
 def _same(here: Tensor, found: Tensor) -> bool:

@@ -2,6 +2,8 @@
 // dropout. Bound by reading each A_i and B_i once, and by two launches.
 //
 // Source of the method: Chen et al. 2023 (Punica, arXiv:2310.18547), for BGMV.
+#include <algorithm>
+
 #include "common.cuh"
 
 namespace peftkern {
@@ -11,7 +13,8 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kRows = 8;        // rows of one adapter taken at a time: A_i and B_i are read once for so many
 constexpr int kPiece = 8;       // elements that a thread reads at a time: 16 bytes of a 16-bit type
 constexpr int kRankChunk = 32;  // columns of B_i for which h waits in shared memory
-constexpr int kColumns = 5;     // of the table: address of A, address of B, rank, ranks before it, bits of the scale
+constexpr int kBlocksPerProcessor = 4;
+constexpr int kColumns = 5;  // of the table: address of A, address of B, rank, ranks before it, bits of the scale
 constexpr int64_t kMostRows = 64;
 
 struct Problem {
@@ -78,16 +81,15 @@ __global__ void shrink_kernel(Problem op, const T* x, float* h) {
     float acc[kRows] = {};
     if constexpr (VECTOR) {
       for (int64_t c = static_cast<int64_t>(threadIdx.x) * kPiece; c < op.k; c += kThreads * kPiece) {
-        float w[kPiece];
+        float w[kPiece], v[kRows][kPiece] = {};  // all loads on their way before the first is waited for
         load_piece(a + c, w);
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          if (i >= count) break;
-          float v[kPiece];
-          load_piece(x + rows[i] * op.stride_x + c, v);
+        for (int i = 0; i < kRows; ++i)
+          if (i < count) load_piece(x + rows[i] * op.stride_x + c, v[i]);
 #pragma unroll
-          for (int j = 0; j < kPiece; ++j) acc[i] += v[j] * w[j];
-        }
+        for (int i = 0; i < kRows; ++i)
+#pragma unroll
+          for (int j = 0; j < kPiece; ++j) acc[i] += v[i][j] * w[j];
       }
     } else {
       for (int64_t c = threadIdx.x; c < op.k; c += kThreads) {
@@ -182,8 +184,13 @@ void run(const Problem& op, int64_t adapters, bool vector_k, bool vector_r, cons
   float* latent = data<float>(h);
   T* to = data<T>(y);
   const auto grid = [&](int64_t blocks) {
-    // As many groups at once as an adapter has with its even share of the rows, and one after another beyond.
-    return dim3(static_cast<unsigned>(adapters), static_cast<unsigned>(blocks), blocks_for(op.m, kRows * adapters));
+    // As many groups at once as an adapter has with its even share of the rows, or as fill the device where one has
+    // more; one after another beyond.
+    const unsigned even = blocks_for(op.m, kRows * adapters), most = blocks_for(op.m, kRows);
+    const auto filling =
+        static_cast<unsigned>(kBlocksPerProcessor * processors_of(x.get_device_index()) / (adapters * blocks));
+    return dim3(static_cast<unsigned>(adapters), static_cast<unsigned>(blocks),
+                std::min(most, std::max(even, filling)));
   };
   const dim3 ranks = grid(op.most), columns = grid((op.n + kThreads - 1) / kThreads);
   if (vector_k)

@@ -29,6 +29,7 @@ __host__ __device__ inline int64_t pieces_of(int64_t hidden) {
 // The index of the first nonzero of a row of the mask, or 0; the whole block looks for it.
 __device__ inline int64_t first_nonzero(const int64_t* mask, int64_t length) {
   __shared__ unsigned long long first;
+  if (length > 0 && mask[0] != 0) return 0;  // no padding in front, as most often
   __syncthreads();
   if (threadIdx.x == 0) first = static_cast<unsigned long long>(length);
   __syncthreads();
@@ -109,19 +110,20 @@ __device__ inline void move(const S* from, T* to, int64_t hidden, int64_t piece,
   from += begin, to += begin;
   if constexpr (VECTOR) {
     constexpr int kWidth = kVectorBytes / sizeof(T);
+    // Indices into arrays of vectors: with byte offsets the compiler takes the first store of four apart.
+    const auto* in = reinterpret_cast<const Pack<S, kWidth>*>(from) + lane;
+    auto* out = reinterpret_cast<Pack<T, kWidth>*>(to) + lane;
+    const int packs = static_cast<int>(count / kWidth) - lane;
     Pack<S, kWidth> held[kVectorsAtOnce];
 #pragma unroll
-    for (int i = 0; i < kVectorsAtOnce; ++i) {
-      const int64_t at = (lane + i * kWarp) * kWidth;
-      if (at < count) held[i] = *reinterpret_cast<const Pack<S, kWidth>*>(from + at);
-    }
+    for (int i = 0; i < kVectorsAtOnce; ++i)
+      if (i * kWarp < packs) held[i] = in[i * kWarp];
 #pragma unroll
     for (int i = 0; i < kVectorsAtOnce; ++i) {
-      const int64_t at = (lane + i * kWarp) * kWidth;
-      if (at >= count) break;
-      Pack<T, kWidth> out;
-      for (int e = 0; e < kWidth; ++e) out.value[e] = converted<S, T>(held[i].value[e]);
-      *reinterpret_cast<Pack<T, kWidth>*>(to + at) = out;
+      if (i * kWarp >= packs) break;
+      Pack<T, kWidth> made;
+      for (int e = 0; e < kWidth; ++e) made.value[e] = converted<S, T>(held[i].value[e]);
+      out[i * kWarp] = made;
     }
   } else {
     for (int64_t at = lane; at < count; at += kWarp) to[at] = converted<S, T>(from[at]);

@@ -69,6 +69,12 @@ class LoraConfig(LayerConfig):
             object.__setattr__(self, name, getattr(self, name) or {})
             self.regular(name, getattr(self, name))
 
+    @classmethod
+    def from_file(cls, values: Mapping[str, Any]) -> LoraConfig:
+        """A start that leaves the backbone as it is ("eva", "orthogonal") is over in a file: it says True."""
+        over = values.get("init_lora_weights") in ("eva", "orthogonal")
+        return cls.from_dict({**values, "init_lora_weights": True, "eva_config": None} if over else values)
+
     def for_target(self, path: str) -> LoraConfig:
         """With r and lora_alpha as the patterns have them for this module."""
         r, alpha = _pattern(self.rank_pattern, path, self.r), _pattern(self.alpha_pattern, path, self.lora_alpha)

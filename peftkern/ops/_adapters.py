@@ -32,8 +32,17 @@ def table(a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float]) -> 
     may not be made while a graph is warmed up or captured, since the graph's pool takes its memory back.
     """
     addresses = tuple([t.data_ptr() for t in a] + [t.data_ptr() for t in b])
-    found = _table(a[0].device, a[0].dtype, addresses, tuple([t.size(0) for t in a]), tuple(scales))
-    return found if a[0].device.type == "cpu" else found._replace(cells=found.cells.to(a[0].device, non_blocking=True))
+    device = a[0].device
+    found = _table(device, a[0].dtype, addresses, tuple([t.size(0) for t in a]), tuple(scales))
+    if device.type == "cpu":
+        return found
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(found.cells)
+    return found._replace(cells=found.cells.to(device, non_blocking=True))
+
+
+_captured: list[Tensor] = []
+"""Tables that a CUDA graph copies again at every replay, by their addresses alone: never given back."""
 
 
 @functools.lru_cache(maxsize=4096)

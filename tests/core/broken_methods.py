@@ -51,6 +51,7 @@ def breaks(*checks):
             type(f"{cls.__name__}Config", (LayerConfig,), {"__module__": __name__})
         )
         made = type(cls)(cls.__name__, (cls,), {"name": name, "Config": cls.__dict__.get("Config", config)})
+        made.Config.method = made
         made.__module__, made.__qualname__ = __name__, cls.__name__
         globals()[config.__name__] = config
         BROKEN[name] = checks
