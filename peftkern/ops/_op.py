@@ -22,6 +22,9 @@ from peftkern.ops._draw import Draw
 
 Kwargs = dict[str, Any]
 _unsafe_view = torch.ops.aten._unsafe_view.default
+# Looked up once: what follows a call is asked in each.
+_dispatch_mode, _FAKE = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.FAKE
+_transform = torch._C._functorch.peek_interpreter_stack
 
 
 @dataclass(frozen=True)
@@ -252,12 +255,12 @@ def compiling() -> bool:
     """Whether torch.compile, or a mode of fake tensors (make_fx), follows this call: ops opaque, sizes symbolic."""
     if torch.compiler.is_compiling():
         return True
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    return _dispatch_mode(_FAKE) is not None
 
 
 def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation follows this call: they see PyTorch's own functions alone."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or _transform() is not None
 
 
 def tracked() -> bool:
@@ -299,6 +302,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that F.linear would compute in for x: x's own, or autocast's."""
-    if x.dtype != torch.float64 and autocasts(x):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    dtype, device = x.dtype, x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or dtype == torch.float64:
+        return dtype
+    return torch.get_autocast_dtype(device)

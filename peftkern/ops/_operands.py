@@ -13,12 +13,12 @@ from torch import Tensor
 def sizes(x: Tensor, down: Tensor, up: Tensor, names: str = "x, a, b") -> tuple[int, int, int, int]:
     """M, K, N and R of x [..., K], down [R, K] and up [N, R], whose names are given; ValueError for other shapes."""
     wide, first, second = x.shape, down.shape, up.shape
-    x_name, a, b = names.split(", ")
-    check_floating(x_name, x)
-    if wide and len(first) == len(second) == 2:
+    if wide and x.is_floating_point() and len(first) == len(second) == 2:
         (r, k), (n, ranks) = first, second
         if wide[-1] == k and r == ranks:
             return (x.numel() // k if k else math.prod(wide[:-1])), k, n, r
+    x_name, a, b = names.split(", ")
+    check_floating(x_name, x)
     shapes = f"{x_name} {tuple(wide)}, {a} {tuple(first)}, {b} {tuple(second)}"
     raise ValueError(f"{shapes}: want {x_name} [..., K], {a} [R, K], {b} [N, R]")
 

@@ -110,8 +110,10 @@ def low_rank(
     outside [0, 1); TypeError for a scale that requires grad.
     """
     m, k, n, r = _check(x, a, b, weight, bias, base_out, column_scale, rank_scale, update_scale)
-    check_dropout(p, seed, x)
-    scale = number("low_rank", scale)
+    if p != 0.0 or seed is not None:
+        check_dropout(p, seed, x)
+    if type(scale) is not float:
+        scale = number("low_rank", scale)
     x = cast(x, autocast_dtype(x))
     if a.dtype != b.dtype:
         a, b = of_one_dtype(a, b)
