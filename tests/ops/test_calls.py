@@ -369,4 +369,5 @@ def test_threads_that_share_a_cache() -> None:
         for _ in range(1000):
             torch.testing.assert_close(cache(weights[number], a, b), want[number])
 
-    assert in_threads(work) == []
+    with pk.use_backend("reference"):  # Triton's interpreter is not made for threads
+        assert in_threads(work) == []
