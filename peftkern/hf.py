@@ -65,12 +65,13 @@ def get_peft_model(
     *,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
     """Attach a new adapter to the model, in place, and return the model behind PEFT's interface.
 
     peft_config: a configuration of ours, or a `peft.LoraConfig` and the like, whose fields are taken over.
     autocast_adapter_dtype=False keeps layer adapters in the backbone's dtype where that is half precision.
-    Raises what `attach` raises, before any change.
+    low_cpu_mem_usage changes nothing here. Raises what `attach` raises, before any change.
     """
     config = as_config(peft_config)
     if revision is not None:
@@ -135,8 +136,13 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         *,
         revision: str | None = None,
+        torch_device: Any = None,
+        low_cpu_mem_usage: bool = False,
     ) -> PeftModel:
-        """Load a saved adapter into the model, in place; frozen and in eval mode unless `is_trainable`."""
+        """Load a saved adapter into the model, in place; frozen and in eval mode unless `is_trainable`.
+
+        Each tensor goes to its layer's device: torch_device and low_cpu_mem_usage change nothing here.
+        """
         _check_plain(model)
         checkpoint.load(model, model_id, adapter_name, trainable=is_trainable, revision=revision)
         made = _blank()
@@ -210,8 +216,13 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         *,
         revision: str | None = None,
+        torch_device: Any = None,
+        low_cpu_mem_usage: bool = False,
     ) -> None:
-        """Load a saved adapter beside those that are there; for a name that is attached its weights are replaced."""
+        """Load a saved adapter beside those that are there; for a name that is attached its weights are replaced.
+
+        torch_device and low_cpu_mem_usage as in `from_pretrained`.
+        """
         model = self.get_base_model()
         if adapter_name in self.peft_config:
             checkpoint.restore(model, model_id, adapter_name, revision=revision)
@@ -276,8 +287,13 @@ class PeftModel(nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """Merge for good and return the plain model; `progressbar` and `safe_merge` change nothing here."""
+        """Merge for good and return the plain model; `progressbar` and `safe_merge` change nothing here.
+
+        What `merge_adapter` has merged is merged for good, unless other names are given.
+        """
         model = self.get_base_model()
+        if attached(model).merged:
+            unmerge(model)
         if adapter_names is not None:
             set_adapter(model, adapter_names)
         return merge_and_unload(model)

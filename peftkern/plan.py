@@ -50,9 +50,10 @@ class Plan:
             modules = targets.adaptable(model)
             sites = self.method.sites(model, config)
             bases = {site.path: BaseLayer(modules[site.path], site.path) for site in sites}
-            first = next(iter(bases.values()))
-            with first.in_place():
-                self.shared = _like(self.method.share(bases, config), first)
+            if bases:
+                first = next(iter(bases.values()))
+                with first.in_place():
+                    self.shared = _like(self.method.share(bases, config), first)
             for site in sites:
                 base = bases[site.path]
                 with base.in_place():

@@ -21,7 +21,7 @@ Place = tuple[nn.Module, str]
 class _Spare(nn.ParameterList):
     """The halves that are out of the model; those that it holds elsewhere are saved there, and not a second time."""
 
-    held_elsewhere: set[int] = frozenset()  # type: ignore[assignment]
+    held_elsewhere: frozenset[int] = frozenset()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -65,12 +65,13 @@ class SelectedParameters(nn.Module):
             raise AdapterError(f"{self.names[0]} is sharded by FSDP2: attach before sharding")
         copies = [nn.Parameter(p.detach().clone()) for p in parameters.values()] if keep_original else []
         self.spare = _Spare(copies)
-        self._held_elsewhere: set[int] = set()  # originals of copies made apart from what they are tied to
         held = {id(p) for name, p in named if name not in separate and id(p) not in shared}
+        elsewhere: set[int] = set()  # originals of copies made apart from what they are tied to
         for index, parameter in enumerate(parameters.values()):
             if id(parameter) in held:
-                self._held_elsewhere.add(index)
+                elsewhere.add(index)
             held.add(id(parameter))
+        self._held_elsewhere = frozenset(elsewhere if keep_original else ())
         self.keep_original = keep_original
         self.active = False
 
@@ -87,7 +88,7 @@ class SelectedParameters(nn.Module):
                 setattr(module, attribute, incoming)
             self.spare[index] = outgoing
         self.active = not self.active
-        self.spare.held_elsewhere = self._held_elsewhere if self.active else set()
+        self.spare.held_elsewhere = self._held_elsewhere if self.active else frozenset()
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Original name -> the copy that trains, wherever it is now."""

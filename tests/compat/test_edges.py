@@ -121,3 +121,12 @@ def test_a_module_saved_in_full_by_a_path_of_several_words(peft, tmp_path):
     assert llama_config().num_hidden_layers == 3
     pk.save(model, tmp_path)
     pk.load(build("llama"), tmp_path)
+
+
+def test_what_is_merged_already_is_unloaded_as_it_is(peft):
+    for get in (peft.get_peft_model, pk.get_peft_model):
+        model = shake(get(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))).eval()
+        with torch.no_grad():
+            want = model(input_ids=IDS).logits
+            model.merge_adapter()
+            torch.testing.assert_close(model.merge_and_unload()(IDS).logits, want, rtol=1e-4, atol=1e-5)
