@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from peftkern import registry, targets
 from peftkern.adapter import AdapterConfig, LayerAdapter, LayerConfig, PromptAdapter, Selection
 from peftkern.attachment import adapted_modules, known
-from peftkern.base import is_sharded, token_embeddings
+from peftkern.base import is_pretrained, is_sharded, token_embeddings
 from peftkern.errors import AdapterError, CheckpointError, ConfigError, TargetError, UnknownMethodError
 from peftkern.plan import Plan
 
@@ -68,13 +68,43 @@ def tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         for key in prompt.state_keys():
             del found[_file_key(key, config)]
         found |= {_file_key(key, config): tensor for key, tensor in prompt.stored_tensors().items()}
-    return found
+    return found | _resized(model, name, found)
+
+
+def _resized(model: nn.Module, name: str, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Key in a file -> weight of an embedding that has other rows than the backbone that the file names.
+
+    As Hugging Face PEFT saves them: whoever loads the adapter would have new rows of their own otherwise.
+    """
+    config = known(model, name).configs[name]
+    where = _backbone_name(model, config)
+    if where is None or config.peft_type is None or not isinstance(config, LayerConfig) or not is_pretrained(model):
+        return {}
+    from transformers import AutoConfig
+
+    try:
+        size = AutoConfig.from_pretrained(where, local_files_only=True).get_text_config().vocab_size
+    except (AttributeError, OSError, ValueError):  # not here, or not a model of text: nothing to compare with
+        return {}
+    ends = {id(getattr(end, "base_layer", end)) for end in token_embeddings(model)}
+    adapted = {id(module.base.module) for module in adapted_modules(model) if name in module.adapters}
+    resized: dict[str, Tensor] = {}
+    for path, module in targets.named_modules(model):
+        if id(module) in ends and module.weight.shape[0] != size:  # type: ignore[index]
+            inside = ".base_layer" if id(module) in adapted else ""
+            resized[f"{PREFIX}{path}{inside}.weight"] = module.weight  # type: ignore[assignment]
+    return {key: tensor for key, tensor in resized.items() if key not in found}
+
+
+def _backbone_name(model: nn.Module, config: AdapterConfig) -> str | None:
+    own = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return config.base_model_name_or_path or own or None
 
 
 def described(model: nn.Module, name: str = "default") -> AdapterConfig:
     """The configuration as it is written: what depends on the model (default targets, task heads) is spelt out."""
     config = known(model, name).configs[name].stored()
-    where = config.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    where = _backbone_name(model, config)
     paths = [path for path, _ in targets.named_modules(model)]
     heads = targets.TASK_HEADS if config.task_type in targets.HEAD_TASKS else ()
     whole = list(config.modules_to_save or ())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern import dispatch
-from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel
+from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, transformed
 from peftkern.ops._operands import check_floating, number
 from peftkern.ops.dropout import check_dropout, dropout, new_seed
 
@@ -89,7 +89,7 @@ def prefix_attention(
         rows=math.prod(q.shape[:3]), plain=p == 0.0,
     )  # fmt: skip
     empty = 0 in (*q.shape, *k.shape, *pk.shape)
-    if backend == "reference" and p == 0.0 and q.is_cuda and not empty:
+    if backend == "reference" and p == 0.0 and q.is_cuda and not empty and not transformed():
         return _concatenated(q, k, v, pk, pv, mask, causal, scale)
     if backend == "reference" or empty:
         return reference(q, k, v, pk, pv, mask=mask, causal=causal, scale=scale, p=p, seed=seed)

@@ -11,6 +11,7 @@ from transformers import (
     BertForSequenceClassification,
     DebertaV2Config,
     DebertaV2Model,
+    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     T5Config,
@@ -130,3 +131,25 @@ def test_what_is_merged_already_is_unloaded_as_it_is(peft):
             want = model(input_ids=IDS).logits
             model.merge_adapter()
             torch.testing.assert_close(model.merge_and_unload()(IDS).logits, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]], ids=["linear", "embedding"])
+@pytest.mark.parametrize("saver", ["ours", "theirs"])
+def test_a_vocabulary_that_has_grown(peft, saver, targets, tmp_path):
+    """The new rows, frozen, are in the file; whoever loads it has made room for them."""
+
+    def resized():
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+        model.resize_token_embeddings(VOCABULARY + 9)  # rows of its own each time
+        return model
+
+    build("llama").save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(target_modules=targets)
+    kept = shake((pk if saver == "ours" else peft).get_peft_model(resized(), config)).eval()
+    kept.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[3, VOCABULARY + 2, VOCABULARY + 8, 5]])
+    with torch.no_grad():
+        want = kept(input_ids=ids).logits
+        for other in (pk, peft):
+            loaded = other.PeftModel.from_pretrained(resized(), tmp_path / "adapter").eval()
+            torch.testing.assert_close(loaded(input_ids=ids).logits, want, rtol=1e-3, atol=1e-4)
