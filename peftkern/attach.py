@@ -179,14 +179,16 @@ def _note_untied(model: nn.Module) -> None:
 
 
 def _copy_tied(model: nn.Module) -> None:
+    """Give every parameter memory of its own: what shares any is saved once, under one name."""
     seen: set[int] = set()
     for module in model.modules():
         for key, parameter in list(module._parameters.items()):
-            if id(parameter) in seen:
-                copy = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)  # type: ignore[union-attr]
-                setattr(module, key, copy)
-            elif parameter is not None:
-                seen.add(id(parameter))
+            if parameter is None or parameter.numel() == 0:
+                continue
+            memory = parameter.untyped_storage().data_ptr()
+            if memory in seen:
+                setattr(module, key, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            seen.add(memory)
 
 
 def _drop_taps(model: nn.Module, attachment: Attachment) -> None:

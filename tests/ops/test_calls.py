@@ -288,9 +288,9 @@ def test_nan_is_not_hidden(backend: str) -> None:
     device = device_of(backend)
     weight, a, b = (torch.randn(s, device=device) for s in ((5, 7), (2, 7), (5, 2)))
     a[0, 0] = torch.nan
-    b.requires_grad_()
+    a.requires_grad_()
     ops.weight_norm(weight, a, b).sum().backward()
-    assert b.grad is not None and b.grad.isnan().all()
+    assert a.grad is not None and a.grad.isnan().all()
 
 
 def test_ids_and_labels_of_any_integer_dtype(backend: str) -> None:
