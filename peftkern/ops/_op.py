@@ -268,6 +268,14 @@ def tracked() -> bool:
     return torch.is_grad_enabled() or compiling() or transformed()
 
 
+def writable(t: Tensor) -> bool:
+    """Whether a result may take the place of `t`: `rows` are a view, and it is no leaf that trains.
+
+    A contiguous tensor of one column may have any stride there, and `rows` copies where it is not 1.
+    """
+    return t.is_contiguous() and t.stride(-1) == 1 and not t.requires_grad
+
+
 def rows(x: Tensor) -> Tensor:
     """View x [..., C] as [M, C] with unit column stride; copies only where the strides do not allow it."""
     if x.dim() == 2 and x.stride(1) == 1:  # a view of its own would cost a decoding step more than its arithmetic

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from peftkern import dispatch
 from peftkern.ops._draw import Draw
-from peftkern.ops._op import Op, autograd, cast, choose, kernel, rows, shaped, tracked
+from peftkern.ops._op import Op, autograd, cast, choose, kernel, rows, shaped, tracked, writable
 from peftkern.ops._operands import check_floating
 
 
@@ -38,8 +38,7 @@ def column_scale(x: Tensor, s: Tensor, *, overwrite: bool = False) -> Tensor:
     if backend == "reference" or s.shape[0] == 0:
         y = x * s  # the reference without its conversions, which cost more than the product of a few rows
         return y if y.dtype == x.dtype else y.to(x.dtype)
-    # A contiguous tensor of one column may have any stride there, and `rows` copies where it is not 1.
-    if overwrite and not tracked() and not x.requires_grad and x.is_contiguous() and x.stride(-1) == 1:
+    if overwrite and not tracked() and writable(x):
         if x.numel():
             flat = rows(x)
             kernel(backend, "column_scale").forward(flat, s.contiguous(), flat)

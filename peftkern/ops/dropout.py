@@ -16,15 +16,10 @@ def new_seed(device: torch.device) -> Tensor:
     return torch.randint(2**62, (1,), device=device)
 
 
-def check_probability(p: float) -> None:
-    """Raise ValueError for p outside [0, 1)."""
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout probability {p}: want 0 <= p < 1")
-
-
 def check_dropout(p: float, seed: Tensor | None, x: Tensor) -> None:
     """Raise ValueError for p outside [0, 1), and for a seed that is not int64 [1] on x's device."""
-    check_probability(p)
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout probability {p}: want 0 <= p < 1")
     if seed is None:
         return
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:

@@ -13,7 +13,19 @@ from torch.autograd.graph import increment_version
 
 from peftkern import dispatch
 from peftkern.ops._draw import Draw
-from peftkern.ops._op import Op, autocast_dtype, autograd, cast, choose, kernel, requires_grad, rows, shaped, tracked
+from peftkern.ops._op import (
+    Op,
+    autocast_dtype,
+    autograd,
+    cast,
+    choose,
+    kernel,
+    requires_grad,
+    rows,
+    shaped,
+    tracked,
+    writable,
+)
 from peftkern.ops._operands import check_base, number, of_one_dtype, sizes
 from peftkern.ops._scales import epilogue, operands, unfolded
 from peftkern.ops.dropout import check_dropout, dropout, new_seed
@@ -147,7 +159,7 @@ def low_rank(
         if weight is not None and column_scale is None and not _update_first(x, backend):
             base_out, weight = F.linear(x, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)), None
             overwrite = True
-        if base_out is not None and overwrite and _writable(base_out):
+        if base_out is not None and overwrite and writable(base_out):
             if x.numel():
                 kernel(backend, "low_rank").forward(
                     rows(x), *operands(x, a, b, rank_scale, update_scale), rows(base_out),
@@ -177,7 +189,7 @@ def _three_products(
     hidden = F.linear(x, a)
     if base_out is None:
         return scale * F.linear(hidden, b)
-    if overwrite and not tracked() and _writable(base_out):
+    if overwrite and not tracked() and writable(base_out):
         rows(base_out).addmm_(rows(hidden), b.T, alpha=scale)
         return base_out
     # Backward multiplies by the scale once here, and twice after addmm.
@@ -202,11 +214,6 @@ def _call_costs_more(
 
 
 dispatch.limit("low_rank", _call_costs_more)
-
-
-def _writable(base_out: Tensor) -> bool:
-    # A contiguous tensor of one column may have any stride there, and `rows` copies where it is not 1.
-    return base_out.is_contiguous() and base_out.stride(-1) == 1 and not base_out.requires_grad
 
 
 def _forward(

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from peftkern.ops._draw import Draw
 from peftkern.ops._op import Op, autograd, choose, compiling, kernel, transformed, without_autocast
-from peftkern.ops._operands import number
+from peftkern.ops._operands import number, of_one_dtype
 
 
 def reference(weight: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -43,9 +43,9 @@ def weight_norm(weight: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0) -> 
     _check(weight, a, b)
     scale = number("weight_norm", scale)
     weight = weight.detach() if weight.requires_grad else weight
-    backend = choose(
-        "weight_norm", weight, a if b.dtype != torch.float64 else b, N=weight.shape[0], K=weight.shape[1], R=a.shape[0]
-    )
+    if a.dtype != b.dtype:
+        a, b = of_one_dtype(a, b)
+    backend = choose("weight_norm", weight, a, N=weight.shape[0], K=weight.shape[1], R=a.shape[0])
     if backend == "reference" or 0 in (*weight.shape, a.shape[0]):
         return reference(weight, a, b, scale=scale)
     norm: Tensor = _differentiable(weight, a, b, scale, backend)

@@ -16,6 +16,9 @@ import peftkern as pk
 from peftkern import ops
 from peftkern.errors import BackendError
 from peftkern.ops._op import Op
+from peftkern.ops.bottleneck import reference as bottleneck_reference
+from peftkern.ops.low_rank import reference as low_rank_reference
+from peftkern.ops.multi_low_rank import reference as multi_low_rank_reference
 
 from .conftest import OPS, device_of, first, samples, skip_unless_runs, trained
 
@@ -239,17 +242,17 @@ def test_the_dtype_does_not_depend_on_the_backend(backend: str) -> None:
     cases: list[tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]] = []
     for other, one in ((half, wide), (x, wide.bfloat16())):
         cases += [
-            (ops.low_rank, sys.modules["peftkern.ops.low_rank"].reference, (other, a, b), {"base_out": one}),
-            (ops.low_rank, sys.modules["peftkern.ops.low_rank"].reference, (other, a, b),
+            (ops.low_rank, low_rank_reference, (other, a, b), {"base_out": one}),
+            (ops.low_rank, low_rank_reference, (other, a, b),
              {"base_out": one, "column_scale": c, "bias": bias}),
-            (ops.multi_low_rank, sys.modules["peftkern.ops.multi_low_rank"].reference, (other, [a], [b], index),
+            (ops.multi_low_rank, multi_low_rank_reference, (other, [a], [b], index),
              {"base_out": one, "scales": [0.5]}),
-            (ops.bottleneck, sys.modules["peftkern.ops.bottleneck"].reference, (other, a, b), {"residual": one}),
+            (ops.bottleneck, bottleneck_reference, (other, a, b), {"residual": one}),
         ]  # fmt: skip
     cases += [
-        (ops.low_rank, sys.modules["peftkern.ops.low_rank"].reference, (half, a, b.bfloat16()), {}),
-        (ops.low_rank, sys.modules["peftkern.ops.low_rank"].reference, (half, a.bfloat16(), b), {}),
-        (ops.bottleneck, sys.modules["peftkern.ops.bottleneck"].reference, (half, a.bfloat16(), b), {}),
+        (ops.low_rank, low_rank_reference, (half, a, b.bfloat16()), {}),
+        (ops.low_rank, low_rank_reference, (half, a.bfloat16(), b), {}),
+        (ops.bottleneck, bottleneck_reference, (half, a.bfloat16(), b), {}),
     ]
     for run, reference, args, kwargs in cases:
         got, want = run(*args, **kwargs), reference(*args, **kwargs)
