@@ -20,27 +20,48 @@ from peftkern.attach import (
     set_adapter,
     unmerge,
 )
+from peftkern.auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from peftkern.checkpoint import load, save
+from peftkern.combining import combine
 from peftkern.dispatch import explain, use_backend
 from peftkern.hf import PeftConfig, PeftModel, TaskType, fuse, get_peft_model, unfuse
+from peftkern.kbit import prepare_model_for_kbit_training
 from peftkern.memory import trainable
 from peftkern.mixing import mixed
 from peftkern.registry import methods
+from peftkern.state_dicts import get_peft_model_state_dict, set_peft_model_state_dict
 
 __version__ = "0.1.0"
 __all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "PeftConfig",
     "PeftModel",
     "TaskType",
     "active_adapters",
     "adapters",
     "attach",
+    "combine",
     "detach",
     "disabled",
     "errors",
     "explain",
     "fuse",
     "get_peft_model",
+    "get_peft_model_state_dict",
     "layers",
     "load",
     "merge",
@@ -48,9 +69,11 @@ __all__ = [
     "methods",
     "mixed",
     "ops",
+    "prepare_model_for_kbit_training",
     "registry",
     "save",
     "set_adapter",
+    "set_peft_model_state_dict",
     "trainable",
     "unfuse",
     "unmerge",

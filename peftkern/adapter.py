@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 from torch import Tensor, nn
 
 from peftkern import fields, rows, targets
+from peftkern.arithmetic import Recipe
 from peftkern.base import BaseLayer
 from peftkern.errors import ConfigError, MergeError, TargetError, near
 
@@ -78,6 +79,11 @@ class AdapterConfig:
             except re.error as error:
                 kind = type(self).__name__
                 raise ConfigError(f"{kind}: {name}={pattern!r} is no regular expression: {error}") from error
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether its method adds rows in front of the sequence, or of the keys and values."""
+        return issubclass(self.method, PromptAdapter)
 
     def resolved(self: C, model: nn.Module) -> C:
         """With everything decided that the fields leave to the model; asked once, when an adapter is attached."""
@@ -286,6 +292,18 @@ class LayerAdapter(Method, nn.Module):
     ) -> Tensor:
         """The output for x [B, ...] whose row m goes through adapters[index[m]], and only through base where -1."""
         raise TypeError(f"{cls.__name__} has a mixed_key and does not override forward_mixed")
+
+    combinations: ClassVar[tuple[str, ...]] = ()
+    """In what ways adapters of this method can be combined into one, the usual one first; see `arithmetic.Recipe`."""
+
+    @classmethod
+    def combined(cls, configs: Sequence[Any], recipe: Recipe) -> Any:
+        """The configuration of an adapter that can hold what several with these have learnt; the first leads."""
+        return configs[0]
+
+    def combine(self, parts: Sequence[tuple[Any, float]], recipe: Recipe) -> None:
+        """Take over what these adapters of the same module have learnt, each with its weight."""
+        raise TypeError(f"{type(self).__name__} has combinations and does not override combine")
 
     def state_keys(self) -> dict[str, nn.Parameter]:
         """Checkpoint name -> parameter."""

@@ -10,12 +10,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,8 +59,11 @@ def parameters(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     return {_file_key(key, config): parameter for key, parameter in attachment.tensors_of(model, name).items()}
 
 
-def tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """Key in a file -> tensor of one adapter as it is saved: its parameters, or what an adapter makes of them."""
+def tensors(model: nn.Module, name: str = "default", embeddings: bool | None = None) -> dict[str, Tensor]:
+    """Key in a file -> tensor of one adapter as it is saved: its parameters, or what an adapter makes of them.
+
+    embeddings: whether those of the backbone go with them; by default where the vocabulary is not the backbone's own.
+    """
     attachment = known(model, name)
     found: dict[str, Tensor] = dict(parameters(model, name))
     if (prompt := attachment.prompt(name)) is not None:
@@ -68,32 +71,41 @@ def tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         for key in prompt.state_keys():
             del found[_file_key(key, config)]
         found |= {_file_key(key, config): tensor for key, tensor in prompt.stored_tensors().items()}
-    return found | _resized(model, name, found)
+    return found if embeddings is False else found | _embeddings(model, name, found, resized=embeddings is None)
 
 
-def _resized(model: nn.Module, name: str, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Key in a file -> weight of an embedding that has other rows than the backbone that the file names.
+def _embeddings(model: nn.Module, name: str, found: Mapping[str, Tensor], resized: bool) -> dict[str, Tensor]:
+    """Key in a file -> weight of an embedding; with `resized` if it has other rows than the backbone that a file names.
 
     As Hugging Face PEFT saves them: whoever loads the adapter would have new rows of their own otherwise.
     """
     config = known(model, name).configs[name]
-    where = _backbone_name(model, config)
-    if where is None or config.peft_type is None or not isinstance(config, LayerConfig) or not is_pretrained(model):
+    if config.peft_type is None or not isinstance(config, LayerConfig) or not is_pretrained(model):
         return {}
-    from transformers import AutoConfig
-
-    try:
-        size = AutoConfig.from_pretrained(where, local_files_only=True).get_text_config().vocab_size
-    except (AttributeError, OSError, ValueError):  # not here, or not a model of text: nothing to compare with
+    size = _vocabulary(_backbone_name(model, config)) if resized else None
+    if resized and size is None:
         return {}
     ends = {id(getattr(end, "base_layer", end)) for end in token_embeddings(model)}
     adapted = {id(module.base.module) for module in adapted_modules(model) if name in module.adapters}
-    resized: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for path, module in targets.named_modules(model):
         if id(module) in ends and module.weight.shape[0] != size:  # type: ignore[index]
             inside = ".base_layer" if id(module) in adapted else ""
-            resized[f"{PREFIX}{path}{inside}.weight"] = module.weight  # type: ignore[assignment]
-    return {key: tensor for key, tensor in resized.items() if key not in found}
+            weights[f"{PREFIX}{path}{inside}.weight"] = module.weight  # type: ignore[assignment]
+    return {key: tensor for key, tensor in weights.items() if key not in found}
+
+
+def _vocabulary(backbone: str | None) -> int | None:
+    """Rows of the embedding of a backbone, None where it is not here or not a model of text."""
+    if backbone is None:
+        return None
+    from transformers import AutoConfig
+
+    try:
+        size: int = AutoConfig.from_pretrained(backbone, local_files_only=True).get_text_config().vocab_size
+    except (AttributeError, OSError, ValueError):
+        return None
+    return size
 
 
 def _backbone_name(model: nn.Module, config: AdapterConfig) -> str | None:
@@ -111,6 +123,10 @@ def described(model: nn.Module, name: str = "default") -> AdapterConfig:
     whole += [head for head in heads if head not in whole and any(path.endswith(head) for path in paths)]
     if isinstance(config, LayerConfig):
         config = _with_targets(model, config, [m.base.path for m in adapted_modules(model) if name in m.adapters])
+    if config.task_type is None and is_pretrained(model):  # by which AutoPeftModel finds the backbone's class
+        kind = type(model)
+        mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        config = replace(config, auto_mapping=mapping)
     return replace(config, inference_mode=True, base_model_name_or_path=where, modules_to_save=whole or None)
 
 
@@ -147,13 +163,16 @@ def load(
     *,
     trainable: bool = False,
     revision: str | None = None,
+    subfolder: str | None = None,
 ) -> M:
     """Attach a saved adapter and return the model; `trainable` lets it train on.
+
+    subfolder: where in the directory or repository its files are, as those of an adapter not named default.
 
     Raises CheckpointError, naming tensor and shapes, for files that are missing, truncated or made for another
     backbone, UnknownMethodError for a method that is not installed; the model is then exactly as it was.
     """
-    directory = find(directory_or_hub_id, revision)
+    directory = find(directory_or_hub_id, revision, subfolder)
     config = read_config(directory).stored()
     found = read_tensors(directory)
     try:
@@ -170,7 +189,14 @@ def load(
     return model
 
 
-def restore(model: M, directory_or_hub_id: str | Path, name: str = "default", *, revision: str | None = None) -> M:
+def restore(
+    model: M,
+    directory_or_hub_id: str | Path,
+    name: str = "default",
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> M:
     """Give an adapter that is attached already the weights of a saved one, in place, and return the model.
 
     Optimizers keep the parameters they know. Raises as `load` does; AdapterError for an unknown name and while merged.
@@ -178,7 +204,7 @@ def restore(model: M, directory_or_hub_id: str | Path, name: str = "default", *,
     attachment = known(model, name)
     if attachment.merged:
         raise AdapterError(f"adapters {list(attachment.merged)} are merged: unmerge before loading weights")
-    directory = find(directory_or_hub_id, revision)
+    directory = find(directory_or_hub_id, revision, subfolder)
     config, here = read_config(directory), attachment.configs[name]
     if type(config) is not type(here):
         raise CheckpointError(f"{directory} holds a {config.method.name}, and adapter {name!r} is a {here.method.name}")
@@ -217,28 +243,40 @@ def read_config(directory: str | Path) -> AdapterConfig:
 
 def read_tensors(directory: str | Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint directory, on the CPU."""
-    path = Path(directory) / WEIGHTS_FILE
+    with _opened(Path(directory) / WEIGHTS_FILE) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         pickled = (path.parent / "adapter_model.bin").is_file()
         hint = "; adapter_model.bin is a pickle, which is never loaded: save it as safetensors" if pickled else ""
         raise CheckpointError(f"{path} does not exist{hint}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+            yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
-def find(directory_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """A local directory as it is, else a snapshot of a hub repository's adapter files."""
-    directory = Path(directory_or_hub_id)
+def shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of a checkpoint directory, without reading them."""
+    with _opened(Path(directory) / WEIGHTS_FILE) as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+
+
+def find(directory_or_hub_id: str | Path, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """A local directory as it is, else a snapshot of a hub repository's adapter files; in it the subfolder, if any."""
+    inside, directory = subfolder or "", Path(directory_or_hub_id)
     if directory.is_dir():
-        return directory
+        return directory / inside
     try:
         from huggingface_hub import snapshot_download
 
-        patterns = [CONFIG_FILE, WEIGHTS_FILE]
-        return Path(snapshot_download(str(directory_or_hub_id), revision=revision, allow_patterns=patterns))
+        patterns = [str(Path(inside, file)) for file in (CONFIG_FILE, WEIGHTS_FILE)]
+        found = snapshot_download(str(directory_or_hub_id), revision=revision, allow_patterns=patterns)
+        return Path(found, inside)
     except Exception as error:
         raise CheckpointError(
             f"{directory_or_hub_id} is no directory, and as a hub repository it cannot be had: {error}"

@@ -6,7 +6,6 @@ import enum
 import functools
 import importlib
 import importlib.util
-import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,10 +29,12 @@ from peftkern.attach import (
     unmerge,
 )
 from peftkern.attachment import adapted_modules, attached
-from peftkern.errors import AdapterError, CheckpointError, ConfigError, UnknownMethodError
+from peftkern.combining import combine
+from peftkern.errors import AdapterError, ConfigError, UnknownMethodError
 from peftkern.fusing import FuseReport, fuse, unfuse
 from peftkern.mixing import mixed
 from peftkern.plan import Plan
+from peftkern.state_dicts import Loaded, get_peft_model_state_dict
 
 __all__ = ["FuseReport", "PeftConfig", "PeftModel", "TaskType", "fuse", "get_peft_model", "unfuse"]
 
@@ -53,9 +54,11 @@ class PeftConfig:
     """Reads the configuration of a saved adapter of any installed method."""
 
     @staticmethod
-    def from_pretrained(model_id: str | Path, *, revision: str | None = None) -> AdapterConfig:
+    def from_pretrained(
+        model_id: str | Path, *, revision: str | None = None, subfolder: str | None = None
+    ) -> AdapterConfig:
         """The configuration in a directory or hub repository; CheckpointError, ConfigError or UnknownMethodError."""
-        return checkpoint.read_config(checkpoint.find(model_id, revision))
+        return checkpoint.read_config(checkpoint.find(model_id, revision, subfolder))
 
 
 def get_peft_model(
@@ -136,6 +139,7 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         *,
         revision: str | None = None,
+        subfolder: str | None = None,
         torch_device: Any = None,
         low_cpu_mem_usage: bool = False,
     ) -> PeftModel:
@@ -144,7 +148,8 @@ class PeftModel(nn.Module):
         Each tensor goes to its layer's device: torch_device and low_cpu_mem_usage change nothing here.
         """
         _check_plain(model)
-        checkpoint.load(model, model_id, adapter_name, trainable=is_trainable, revision=revision)
+        where = {"revision": revision, "subfolder": subfolder}
+        checkpoint.load(model, model_id, adapter_name, trainable=is_trainable, **where)
         made = _blank()
         made._wrap(model, adapters(model)[adapter_name])
         set_adapter(model, adapter_name)
@@ -157,10 +162,11 @@ class PeftModel(nn.Module):
         selected_adapters: list[str] | None = None,
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
+        save_embedding_layers: bool | str = "auto",
     ) -> None:
         """Write adapters: the one named default into the directory itself, each other one into a folder of its name.
 
-        state_dict: this model's, gathered from its shards, to take the tensors from. Raises ConfigError for
+        state_dict and save_embedding_layers as in `get_peft_model_state_dict`. Raises ConfigError for
         safe_serialization=False (pickles are never written), AdapterError for an unknown name, CheckpointError when the
         directory cannot be written.
         """
@@ -168,25 +174,18 @@ class PeftModel(nn.Module):
             raise ConfigError("safe_serialization=False: adapters are written as safetensors only, never as a pickle")
         model = self.get_base_model()
         wanted = list(self.peft_config) if selected_adapters is None else selected_adapters
-        contents = [(name, checkpoint.described(model, name), self._tensors(name, state_dict)) for name in wanted]
+        contents = [
+            (
+                name,
+                checkpoint.described(model, name),
+                get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers),
+            )
+            for name in wanted
+        ]
         for name, config, tensors in contents if is_main_process else ():
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            checkpoint.write(folder, config, tensors)
-
-    def _tensors(self, name: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        tensors = checkpoint.tensors(self.get_base_model(), name)
-        if state_dict is None:
-            return {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
-        named = itertools.chain(self.named_parameters(remove_duplicate=False), self.named_buffers())
-        names = {id(tensor): path for path, tensor in named}
-        given = {key: names.get(id(t)) for key, t in tensors.items()}  # None: made from parameters, not one itself
-        missing = [path for path in given.values() if path is not None and path not in state_dict]
-        if missing:
-            raise CheckpointError(
-                f"the state_dict given lacks {len(missing)} tensors of adapter {name!r}: {missing[0]}"
-            )
-        chosen = {key: tensors[key] if path is None else state_dict[path] for key, path in given.items()}
-        return {key: tensor.detach().cpu().contiguous() for key, tensor in chosen.items()}
+            # Tied tensors are one memory, which a file cannot hold twice.
+            checkpoint.write(folder, config, {key: t.cpu().contiguous().clone() for key, t in tensors.items()})
 
     def push_to_hub(
         self,
@@ -216,24 +215,52 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         *,
         revision: str | None = None,
+        subfolder: str | None = None,
         torch_device: Any = None,
         low_cpu_mem_usage: bool = False,
-    ) -> None:
+    ) -> Loaded:
         """Load a saved adapter beside those that are there; for a name that is attached its weights are replaced.
 
-        torch_device and low_cpu_mem_usage as in `from_pretrained`.
+        torch_device and low_cpu_mem_usage as in `from_pretrained`. What is returned is empty: a file that does not fit
+        raises CheckpointError.
         """
-        model = self.get_base_model()
+        model, where = self.get_base_model(), {"revision": revision, "subfolder": subfolder}
         if adapter_name in self.peft_config:
-            checkpoint.restore(model, model_id, adapter_name, revision=revision)
+            checkpoint.restore(model, model_id, adapter_name, **where)
         else:
-            checkpoint.load(model, model_id, adapter_name, trainable=is_trainable, revision=revision)
+            checkpoint.load(model, model_id, adapter_name, trainable=is_trainable, **where)
         if not is_trainable:
             self.eval()
+        return Loaded([], [])
 
     def add_adapter(self, adapter_name: str, peft_config: Any, autocast_adapter_dtype: bool = True) -> None:
         """Attach a further, untrained adapter; it waits for `set_adapter`."""
         _attach(self.get_base_model(), as_config(peft_config), adapter_name, autocast_adapter_dtype)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str | None = None,
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Attach a new adapter that stands for several of one method, as `combine` does; it waits for `set_adapter`.
+
+        svd_full_matrices changes nothing here: the rows and columns that it adds are not used.
+        """
+        if len(adapters) != len(weights):
+            raise AdapterError(f"{len(adapters)} adapters and {len(weights)} weights: want one for each")
+        combine(
+            self.get_base_model(), dict(zip(adapters, weights, strict=True)), adapter_name,
+            combination_type=combination_type, svd_rank=svd_rank, svd_clamp=svd_clamp, svd_driver=svd_driver,
+            density=density, majority_sign_method=majority_sign_method,
+        )  # fmt: skip
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters, and no others, active: trainable, or frozen with `inference_mode`."""

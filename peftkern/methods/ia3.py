@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from peftkern import ops, targets
 from peftkern.adapter import LayerAdapter, LayerConfig
+from peftkern.arithmetic import Recipe
 from peftkern.base import BaseLayer, adapter_dtype
-from peftkern.errors import ConfigError, TargetError, near
+from peftkern.errors import AdapterError, ConfigError, TargetError, near
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ class IA3(LayerAdapter):
     summary = "trained factors on keys, values and the feed-forward network's hidden layer"
     paper = "https://arxiv.org/abs/2205.05638"
     Config = IA3Config
+    combinations = ("linear",)
     keys: ClassVar[Mapping[str, str]] = {"scale": "ia3_l"}
 
     def __init__(self, base: BaseLayer, config: IA3Config) -> None:
@@ -114,6 +116,21 @@ class IA3(LayerAdapter):
         if self.feedforward or bias is None:
             return weight * scale, bias
         return weight * scale, bias * scale.view(-1)
+
+    @classmethod
+    def combined(cls, configs: Sequence[IA3Config], recipe: Recipe) -> IA3Config:
+        """With the feed-forward modules of all; AdapterError where some give them by name and others by pattern."""
+        specs = [config.feedforward_modules for config in configs]
+        if any(spec != specs[0] for spec in specs) and any(isinstance(spec, str) for spec in specs):
+            raise AdapterError(f"feedforward_modules={specs}: want lists of names, or one pattern")
+        names = specs[0] if isinstance(specs[0], str) else sorted({name for spec in specs for name in spec or ()})
+        return replace(configs[0], feedforward_modules=names)
+
+    def combine(self, parts: Sequence[tuple[IA3, float]], recipe: Recipe) -> None:
+        """The weighted sum of the vectors."""
+        if any(one.feedforward != self.feedforward for one, _ in parts):
+            raise AdapterError("one adapter scales the input of a module and another its output")
+        self.scale.copy_(recipe.merged([one.scale for one, _ in parts], [weight for _, weight in parts]))
 
 
 def _default_targets(model: nn.Module, config: IA3Config) -> list[str]:

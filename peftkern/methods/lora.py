@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from peftkern import ops, targets
 from peftkern.adapter import LayerAdapter, LayerConfig, kaiming_
+from peftkern.arithmetic import COMBINATIONS, Recipe
 from peftkern.base import BaseLayer, adapter_dtype, is_sharded
-from peftkern.errors import TargetError
+from peftkern.errors import AdapterError, TargetError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ class LoRA(LayerAdapter):
     summary = "low-rank update of linear, Conv1D and embedding layers"
     paper = "https://arxiv.org/abs/2106.09685"
     Config = LoraConfig
+    combinations = COMBINATIONS
 
     norms: ops.NormCache | None = None  # of DoRA
 
@@ -178,6 +180,38 @@ class LoRA(LayerAdapter):
         """s · B A, [N, K]."""
         wide = torch.promote_types(self.b.dtype, torch.float32)
         return self.scale * (self.b.to(wide) @ self.a.to(wide))
+
+    @classmethod
+    def combined(cls, configs: Sequence[LoraConfig], recipe: Recipe) -> LoraConfig:
+        """Of one rank for all targets, and scale 1. AdapterError for what is more than an update, or unequal ranks."""
+        if any(config.use_dora or config.lora_bias for config in configs):
+            raise AdapterError("use_dora or lora_bias: only adapters that are s · B A and nothing else can be combined")
+        ranks = [max([config.r, *config.rank_pattern.values()]) for config in configs]
+        if recipe.by_svd:
+            r = recipe.svd_rank or max(ranks)
+        else:
+            r = sum(ranks) if recipe.rule == "cat" else ranks[0]
+            if recipe.rule != "cat" and len(set(ranks)) > 1:
+                raise AdapterError(f"combination_type={recipe.combination_type!r} wants one rank, these have {ranks}")
+        return replace(configs[0], r=r, lora_alpha=r, use_rslora=False, rank_pattern={}, alpha_pattern={})
+
+    def combine(self, parts: Sequence[tuple[LoRA, float]], recipe: Recipe) -> None:
+        """By factors, A and B each weighted by √|w s| and A by the sign as well; or by the updates w s B A."""
+        r, scales = self.a.shape[0], [weight * one.scale for one, weight in parts]
+        downs, ups = [one.a.float() for one, _ in parts], [one.b.float() for one, _ in parts]
+        if recipe.rule == "cat" or recipe.combination_type == "svd":
+            a, b = torch.cat([scale * down for scale, down in zip(scales, downs, strict=True)]), torch.cat(ups, 1)
+            if recipe.by_svd:
+                a, b = recipe.refactored(a, b, r)
+        elif recipe.by_svd:
+            a, b = recipe.factored(recipe.merged([one.delta_weight() for one, _ in parts], [w for _, w in parts]), r)
+        else:
+            roots = [math.sqrt(abs(scale)) for scale in scales]
+            signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
+            a, b = recipe.merged(downs, signed), recipe.merged(ups, roots)
+        spare = r - a.shape[0]  # where a pattern gave this target, or an SVD found, less
+        self.a.copy_(F.pad(a, (0, 0, 0, spare)))
+        self.b.copy_(F.pad(b, (0, spare)))
 
     def _start_dora(self, base: BaseLayer) -> None:
         weight = base.weight
