@@ -82,8 +82,14 @@ class AdapterConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Whether its method adds rows in front of the sequence, or of the keys and values."""
-        return issubclass(self.method, PromptAdapter)
+        """Raises AttributeError: Hugging Face PEFT's own functions ask for it, and would find none of our tensors.
+
+        accelerate calls them for sharded checkpoints, which they would leave empty without a word.
+        """
+        raise AttributeError(
+            "Hugging Face PEFT's state dict functions do not know adapters of peftkern: import them from peftkern. "
+            "FSDP: with version 2 set fsdp_state_dict_type to FULL_STATE_DICT, or train what pk.attach returns"
+        )
 
     def resolved(self: C, model: nn.Module) -> C:
         """With everything decided that the fields leave to the model; asked once, when an adapter is attached."""

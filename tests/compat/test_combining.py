@@ -145,7 +145,7 @@ def test_one_head_comes_along():
 
 
 def test_through_the_facade(peft, tmp_path):
-    ours, theirs = pair(peft, tmp_path)
+    _, theirs = pair(peft, tmp_path)
     facade = pk.PeftModel.from_pretrained(build("llama"), tmp_path / "one", "one")
     facade.load_adapter(tmp_path / "two", "two")
     theirs.add_weighted_adapter(["one", "two"], [0.5, 0.5], "c", "svd", 3)

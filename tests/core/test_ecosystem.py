@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -242,6 +243,32 @@ def test_fsdp2(config: str, tmp_path: Path) -> None:
     saved = pk.save(model, tmp_path / "adapter")
     again = pk.load(tiny_llama(), saved)
     assert relative_error(again(**token_batch()).logits, twin.eval()(**token_batch()).logits) < 1e-5
+
+
+@pytest.mark.usefixtures("gloo")
+@pytest.mark.parametrize("config", CONFIGS)
+def test_fsdp2_checkpoints_of_accelerate(config: str) -> None:
+    """What accelerate asks torch for: the trainable part of a PeftModel, gathered; all shards of an attached model."""
+
+    def made(seed: int, wrap: bool) -> nn.Module:
+        torch.manual_seed(seed)
+        model = (pk.get_peft_model if wrap else pk.attach)(tiny_llama(), CONFIGS[config]())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) / 20)
+        return shard(model).eval()
+
+    for wrap in (True, False):
+        one, other = made(1, wrap), made(2, wrap)
+        options = StateDictOptions(full_state_dict=wrap, ignore_frozen_params=wrap)
+        state = get_model_state_dict(one, options=options)
+        trainable = sum(p.requires_grad for p in one.parameters())
+        assert len(state) == trainable if wrap else len(state) > trainable
+        set_model_state_dict(other, state, options=StateDictOptions(full_state_dict=wrap, strict=not wrap))
+        want = one(**token_batch()).logits
+        assert torch.equal(other(**token_batch()).logits, want)
+        assert not torch.equal(made(2, wrap)(**token_batch()).logits, want)
 
 
 @pytest.mark.usefixtures("gloo")
