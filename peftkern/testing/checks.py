@@ -25,6 +25,7 @@ from peftkern.attach import (
     unmerge,
 )
 from peftkern.attachment import state
+from peftkern.combining import combine
 from peftkern.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from peftkern.testing.case import (
     Case,
@@ -241,6 +242,22 @@ def refuses_to_merge_nan(case: Case) -> None:
         if name in weights:
             expect(parameter is weights[name][0], f"{name} was replaced")
             expect_equal(parameter, weights[name][1], name)
+
+
+@check
+def combines_or_says_why_not(case: Case) -> None:
+    """One adapter combined with weight 1, in the method's usual way, is itself; or AdapterError, before any change."""
+    model = case.attached("one")
+    mine, before = case.logits(model), snapshot(model)
+    try:
+        combine(model, {"one": 1.0}, "again")
+    except AdapterError as error:
+        expect_same(model, before)
+        raise NotApplicable(f"{case.method} does not combine: {error}") from error
+    expect_equal(case.logits(model), mine, "output before the new adapter is switched to")
+    set_adapter(model, "again")
+    expect_close(case.logits(model), mine, "output of the combined adapter")
+    expect(not any(p.requires_grad for p in model.parameters()), "a combined adapter trains without being asked to")
 
 
 @check

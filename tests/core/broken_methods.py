@@ -151,6 +151,19 @@ class MovesBeforeItRefuses(Sound):
         raise MergeError("too late")
 
 
+@breaks("combines_or_says_why_not")
+class CombinesNothing(Sound):
+    combinations = ("linear",)
+
+    def combine(self, parts, recipe):
+        pass
+
+
+@breaks("combines_or_says_why_not")
+class ForgetsToCombine(Sound):
+    combinations = ("linear",)
+
+
 @breaks("refuses_to_merge_nan")
 class HidesNaN(Sound):
     def merge(self, weight, bias):
