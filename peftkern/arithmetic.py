@@ -16,9 +16,8 @@ from torch import Tensor
 from peftkern.errors import ConfigError, near
 
 _PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-FACTORS = ("cat", "linear", *_PRUNED)
-"""Combinations of the factors themselves; with "_svd" behind its name (and "svd" for "linear") of the whole update."""
-COMBINATIONS = ("svd", *FACTORS, *(f"{name}_svd" for name in _PRUNED))
+COMBINATIONS = ("svd", "cat", "linear", *_PRUNED, *(f"{name}_svd" for name in _PRUNED))
+"""Of the factors themselves or, with an SVD, of the whole updates ("svd" alone: their weighted sum)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -38,10 +39,11 @@ def combine(
     of any of them, and waits, frozen, for `set_adapter`. At most one of them may train parameters of the backbone
     itself (biases, heads); those come along. Raises AdapterError or ConfigError before any change.
     """
-    if not weights:
-        raise AdapterError("weights={}: want the names of adapters, each with its factor")
-    attachments = [known(model, one) for one in weights]
-    method = _method(attachments[0], list(weights))
+    if not weights or not all(math.isfinite(weight) for weight in weights.values()):
+        raise AdapterError(f"weights={dict(weights)}: want the names of adapters, each with a finite factor")
+    for one in weights:
+        attachment = known(model, one)
+    method = _method(attachment, list(weights))
     recipe = Recipe(
         combination_type=combination_type or method.combinations[0], svd_rank=svd_rank, svd_clamp=svd_clamp,
         svd_driver=svd_driver, density=density, majority_sign_method=majority_sign_method,
@@ -50,9 +52,9 @@ def combine(
         raise ConfigError(
             f"combination_type={combination_type!r}: method {method.name!r} wants {', '.join(method.combinations)}"
         )
-    owner = _owner(attachments[0], list(weights))
+    owner = _owner(attachment, list(weights))
     leading = sorted(weights, key=lambda one: one != owner)  # whoever trains more than its layers comes first
-    config = method.combined([attachments[0].configs[one] for one in leading], recipe)
+    config = method.combined([attachment.configs[one] for one in leading], recipe)
     parts = _parts(model, weights)
     config = replace(
         config, target_modules=targets.short_names(model, parts), exclude_modules=None, layers_to_transform=None,
@@ -63,9 +65,9 @@ def combine(
         for path, adapter in plan.layers.items():
             adapter.combine(parts[path], recipe)
         if plan.selection is not None and owner is not None:
-            trained = attachments[0].selection(owner).trained()
+            trained = attachment.selection(owner).trained()
             for key, parameter in plan.selection.trained().items():
-                parameter.copy_(trained[key])
+                parameter.copy_(trained.get(key, parameter))
     plan.commit(trainable=False)
     return model
 

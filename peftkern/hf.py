@@ -254,8 +254,8 @@ class PeftModel(nn.Module):
 
         svd_full_matrices changes nothing here: the rows and columns that it adds are not used.
         """
-        if len(adapters) != len(weights):
-            raise AdapterError(f"{len(adapters)} adapters and {len(weights)} weights: want one for each")
+        if len(set(adapters)) != len(weights):
+            raise AdapterError(f"adapters={list(adapters)}, weights={list(weights)}: want each once, with a weight")
         combine(
             self.get_base_model(), dict(zip(adapters, weights, strict=True)), adapter_name,
             combination_type=combination_type, svd_rank=svd_rank, svd_clamp=svd_clamp, svd_driver=svd_driver,

@@ -198,7 +198,8 @@ class LoRA(LayerAdapter):
     def combine(self, parts: Sequence[tuple[LoRA, float]], recipe: Recipe) -> None:
         """By factors, A and B each weighted by √|w s| and A by the sign as well; or by the updates w s B A."""
         r, scales = self.a.shape[0], [weight * one.scale for one, weight in parts]
-        downs, ups = [one.a.float() for one, _ in parts], [one.b.float() for one, _ in parts]
+        most = max(one.a.shape[0] for one, _ in parts)  # a pattern may have given one of them less
+        downs, ups = zip(*(_padded(one.a.float(), one.b.float(), most) for one, _ in parts), strict=True)
         if recipe.rule == "cat" or recipe.combination_type == "svd":
             a, b = torch.cat([scale * down for scale, down in zip(scales, downs, strict=True)]), torch.cat(ups, 1)
             if recipe.by_svd:
@@ -209,9 +210,9 @@ class LoRA(LayerAdapter):
             roots = [math.sqrt(abs(scale)) for scale in scales]
             signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
             a, b = recipe.merged(downs, signed), recipe.merged(ups, roots)
-        spare = r - a.shape[0]  # where a pattern gave this target, or an SVD found, less
-        self.a.copy_(F.pad(a, (0, 0, 0, spare)))
-        self.b.copy_(F.pad(b, (0, spare)))
+        a, b = _padded(a, b, r)
+        self.a.copy_(a)
+        self.b.copy_(b)
 
     def _start_dora(self, base: BaseLayer) -> None:
         weight = base.weight
@@ -241,6 +242,12 @@ class LoRA(LayerAdapter):
             nn.init.normal_(self.a if self.is_embedding else self.b, std=1 / config.r)
             if self.b_bias is not None:
                 nn.init.normal_(self.b_bias, std=1 / config.r)
+
+
+def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A [rank, K] and B [N, rank] with rows and columns of zeros where they have less."""
+    spare = rank - a.shape[0]
+    return F.pad(a, (0, 0, 0, spare)), F.pad(b, (0, spare))
 
 
 _LINEAR_KEYS = {

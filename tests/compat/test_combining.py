@@ -111,6 +111,12 @@ def test_ranks_scales_and_patterns():
         assert_same(tensors(ours(**batch("llama"))), both)
     with pytest.raises(AdapterError, match=r"one rank, these have \[6, 2\]"):
         pk.combine(ours, {"a": 1.0, "b": 1.0}, "ties", combination_type="ties", density=0.5)
+    pk.attach(ours, pk.LoraConfig(r=6, target_modules=TARGETS["one"]), "c")  # 6 where "a" has 4, and where it has 6
+    pk.combine(ours, {"a": 1.0, "c": 0.0}, "ties", combination_type="linear")
+    pk.set_adapter(ours, "a")
+    alone = tensors(ours(**batch("llama")))
+    pk.set_adapter(ours, "ties")
+    assert_same(tensors(ours(**batch("llama"))), alone)
 
 
 def test_ia3_combined_is_peft_s(peft, tmp_path):
@@ -125,10 +131,11 @@ def test_ia3_combined_is_peft_s(peft, tmp_path):
         pk.combine(ours, WEIGHTS, "d", combination_type="svd")
 
 
-def test_one_head_comes_along():
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_one_head_comes_along(bias):
     ours = build("bert-seq")
     pk.attach(ours, pk.LoraConfig(target_modules=["query"]), "plain")
-    pk.attach(ours, pk.LoraConfig(target_modules=["value"], task_type="SEQ_CLS", bias="all"), "headed")
+    pk.attach(ours, pk.LoraConfig(target_modules=["value"], task_type="SEQ_CLS", bias=bias), "headed")
     pk.set_adapter(ours, ["plain", "headed"])
     shake(ours)
     both = tensors(ours(**batch("bert-seq")))
@@ -155,14 +162,16 @@ def test_through_the_facade(peft, tmp_path):
     assert_same(tensors(facade(**batch("llama"))), tensors(theirs(**batch("llama"))))
     trained = {name.split(".")[-2] for name, p in facade.named_parameters() if p.requires_grad}
     assert trained == {"c"}
-    with pytest.raises(AdapterError, match="2 adapters and 1 weights"):
-        facade.add_weighted_adapter(["one", "two"], [0.5], "d")
+    for names in (["one", "two"], ["one", "one"]):
+        with pytest.raises(AdapterError, match="want each once, with a weight"):
+            facade.add_weighted_adapter(names, [0.5] * (3 - len(set(names))), "d")
 
 
 GOOD = {"a": 1.0, "b": 1.0}
 WRONG = {
     "unknown": ({"a": 1.0, "bb": 1.0}, {}, AdapterError, "no adapter 'bb'; did you mean 'b'"),
     "nothing": ({}, {}, AdapterError, "want the names of adapters"),
+    "not a number": ({"a": float("nan")}, {}, AdapterError, "a finite factor"),
     "taken": (GOOD, {"name": "a"}, AdapterError, "'a' is attached already"),
     "kind": (GOOD, {"combination_type": "dare"}, ConfigError, "did you mean 'dare_ties'"),
     "no density": (GOOD, {"combination_type": "ties"}, ConfigError, "density=None"),
