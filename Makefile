@@ -49,10 +49,12 @@ demo: $(VENV)/.package $(VENV)/.backbone
 	$(OFFLINE) $(BIN)/peftkern demo --out "$(OUT)" $(if $(DATA),--data "$(DATA)") $(if $(TEXT),--text "$(TEXT)")
 
 # Twice: the second process runs the Triton kernels through the interpreter, on the tests that hold for every op and on the sort of rows; the whole of
-# tests/ops takes it a quarter of an hour (make test-triton). ARGS may select none of them.
+# tests/ops takes it a quarter of an hour (make test-triton). Left out is reproducibility, which a sixth of the time went into: the interpreter runs one
+# program after another, and only a GPU could fail it. ARGS may select none of them.
 test: $(VENV)/.dev
 	$(OFFLINE) $(PYTEST) $(ARGS)
-	$(OFFLINE) TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_all_ops.py tests/ops/test_plans.py tests/kernels/test_sort.py $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]
+	$(OFFLINE) TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_all_ops.py tests/ops/test_plans.py tests/kernels/test_sort.py \
+		--deselect tests/ops/test_all_ops.py::test_same_seed_same_bits $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]
 
 test-triton: $(VENV)/.dev
 	$(OFFLINE) TRITON_INTERPRET=1 $(PYTEST) tests/ops $(ARGS)
