@@ -15,7 +15,12 @@ from peftkern.hf import PeftModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_TRUSTED = ("transformers",)
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering", "FEATURE_EXTRACTION": "AutoModel",
+}  # fmt: skip
+"""Task type of an adapter -> class of transformers that loads a backbone for it."""
 
 
 class AutoPeftModel:
@@ -52,7 +57,7 @@ class AutoPeftModel:
         config = checkpoint.read_config(directory)
         if config.base_model_name_or_path is None:
             raise ConfigError(f"{directory} names no base_model_name_or_path: load the model and use pk.load")
-        backbone = cls._class(directory, config, import_allowlist or list(_TRUSTED))
+        backbone = cls._class(directory, config, import_allowlist or ["transformers"])
         model = backbone.from_pretrained(config.base_model_name_or_path, revision=config.revision, **model_kwargs)
         _grow(model, directory)
         return PeftModel.from_pretrained(model, directory, adapter_name, is_trainable)
@@ -65,7 +70,7 @@ class AutoPeftModel:
         if cls.task_type is not None and task not in (None, cls.task_type):
             raise ConfigError(f"{directory} is an adapter for {task}, and {cls.__name__} is for {cls.task_type}")
         if asked := task or cls.task_type:
-            return getattr(transformers, _CLASSES[asked])
+            return getattr(transformers, AUTO_CLASSES[asked])
         if not mapping:
             raise ConfigError(f"{directory} names no task_type and no class: use AutoPeftModelForCausalLM or the like")
         library, name = str(mapping.get("parent_library")), str(mapping.get("base_model_class"))
@@ -117,13 +122,6 @@ class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     """Models without a head."""
 
     task_type = "FEATURE_EXTRACTION"
-
-
-_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering", "FEATURE_EXTRACTION": "AutoModel",
-}  # fmt: skip
 
 
 def _grow(model: PreTrainedModel, directory: Path) -> None:

@@ -43,7 +43,7 @@ def save(model: nn.Module, directory: str | Path, name: str = "default") -> Path
     Both files are written beside the old ones and then renamed, so that a full disk or a kill leaves the old checkpoint
     readable. Raises AdapterError for an unknown name, CheckpointError when the directory cannot be written.
     """
-    found = {key: _gathered(t.detach()).cpu().contiguous().clone() for key, t in tensors(model, name).items()}
+    found = {key: _gathered(tensor.detach()) for key, tensor in tensors(model, name).items()}
     return write(directory, described(model, name), found)
 
 
@@ -144,7 +144,8 @@ def write(directory: str | Path, config: AdapterConfig, tensors: Mapping[str, Te
     text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        data = serialise(dict(tensors), metadata={"format": "pt"})
+        # Tied tensors are one memory, which a file cannot hold twice.
+        data = serialise({key: t.cpu().contiguous().clone() for key, t in tensors.items()}, metadata={"format": "pt"})
         with (
             _replacing(directory / WEIGHTS_FILE, data) as put_weights,
             _replacing(directory / CONFIG_FILE, text.encode()) as put_config,

@@ -14,19 +14,12 @@ from torch import Tensor, nn
 from peftkern import checkpoint, targets
 from peftkern.adapter import AdapterConfig
 from peftkern.attach import merge_and_unload
+from peftkern.auto import AUTO_CLASSES
 from peftkern.errors import CheckpointError, ConfigError, near
 from peftkern.tasks.backbone import quiet, resolve
 from peftkern.tasks.settings import FILE
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-_AUTO = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 @dataclass(frozen=True)
@@ -115,8 +108,8 @@ def _load_backbone(name: str, config: AdapterConfig, tensors: dict[str, Tensor])
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         extra = {"num_labels": _labels(tensors)}
     try:
-        if config.task_type in _AUTO:
-            loader = getattr(transformers, _AUTO[config.task_type])
+        if config.task_type in AUTO_CLASSES:
+            loader = getattr(transformers, AUTO_CLASSES[config.task_type])
         else:
             architectures = transformers.AutoConfig.from_pretrained(name).architectures or ["AutoModel"]
             loader = getattr(transformers, architectures[0])

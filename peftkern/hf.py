@@ -184,8 +184,7 @@ class PeftModel(nn.Module):
         ]
         for name, config, tensors in contents if is_main_process else ():
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            # Tied tensors are one memory, which a file cannot hold twice.
-            checkpoint.write(folder, config, {key: t.cpu().contiguous().clone() for key, t in tensors.items()})
+            checkpoint.write(folder, config, tensors)
 
     def push_to_hub(
         self,
